@@ -1,0 +1,224 @@
+"""Checkpoints that are complete or absent, and that any world size and ZeRO stage can resume.
+
+A checkpoint is a folder `checkpoints/step_N` of the run: `model.safetensors` (the whole method), `optimizer-R-of-W.
+safetensors` (whole moments by parameter name, shared out among the W ranks that wrote them), `state.json`,
+`config.yaml`, and `complete.json` with every file's size and SHA-256. It is written as `step_N.tmp`, made durable,
+and renamed; DeepSpeed's own format is not used because it publishes its `latest` before all ranks have written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.config import save_yaml
+from pretrain.distributed import World, all_agree, from_main
+
+if TYPE_CHECKING:  # readers of checkpoints need no deepspeed
+    from pretrain.engine import Engine
+
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+COMPLETE = "complete.json"
+
+
+class CheckpointError(RuntimeError):
+    """A run folder that cannot be resumed or written; the message says what to do."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands: `step` micro-batch groups of the plan consumed, `update` optimiser updates applied."""
+
+    step: int
+    update: int
+    failed_steps: int
+    adam_step: float
+    loss_scale: float
+    identity: dict[str, Any]
+
+
+def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any], world: World, keep: int) -> str | None:
+    """Publish a checkpoint on all ranks together; returns why it could not be written, or None.
+
+    A failure (a full disk, say) leaves the older checkpoints as they are. Only after the new one is in place are all
+    but the newest `keep` removed.
+    """
+    final = run_dir / "checkpoints" / f"step_{state.step:08d}"
+    folder = final.with_suffix(".tmp")
+    problem: str | None = None
+    written: dict[str, dict[str, Any]] = {}
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    weights = engine.weights(keep=world.is_main)
+    moments = dict(_own_moments(engine, world))
+    try:
+        name = f"optimizer-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        save_file(moments, folder / name)
+        written[name] = _make_durable(folder / name)
+        if world.is_main:
+            save_file(weights, folder / "model.safetensors")
+            (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+            save_yaml(config, folder / "config.yaml")
+            for name in ("model.safetensors", "state.json", "config.yaml"):
+                written[name] = _make_durable(folder / name)
+    except Exception as error:  # safetensors raises its own type for a full disk
+        problem = f"{folder}: {error}"
+    reports: list[Any] = [None] * world.size
+    dist.all_gather_object(reports, (problem, written))
+    problem = next((p for p, _ in reports if p), None)
+    if world.is_main:
+        files = {name: facts for _, part in reports for name, facts in part.items()}
+        problem = problem or _publish(folder, final, files, keep)
+        if problem:
+            shutil.rmtree(folder, ignore_errors=True)
+    return from_main(problem)
+
+
+def _own_moments(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
+    """Every rank takes part in gathering every moment and keeps each `world.size`-th one."""
+    for index, (key, value) in enumerate(engine.optimizer_state()):
+        if index % world.size == world.rank:
+            yield key, value
+
+
+def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: int) -> str | None:
+    try:
+        (folder / COMPLETE).write_text(json.dumps({"files": files}, indent=1))
+        _make_durable(folder / COMPLETE)
+        _sync_folder(folder)
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        _sync_folder(final.parent)
+        for old in _steps(final.parent.parent)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        return f"{final}: {error}"
+    return None
+
+
+def _make_durable(path: Path) -> dict[str, Any]:
+    """Flush a file to the disk; its size and hash as read back."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _steps(run_dir: Path) -> list[Path]:
+    """Published checkpoints, oldest first, verified or not."""
+    folder = run_dir / "checkpoints"
+    found = [p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Hashes every `parts`-th file; sizes are checked for all of them."""
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{checkpoint / COMPLETE}: {error}"
+    for index, (name, facts) in enumerate(sorted(files.items())):
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            return f"{path}: missing or of another size than complete.json says"
+        if index % parts == part:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                    return f"{path}: content differs from complete.json"
+    return None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, verified; for one process."""
+    return next((step for step in reversed(_steps(run_dir)) if damage(step) is None), None)
+
+
+def find_resumable(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies on all ranks, and a line about each newer one that was passed over."""
+    passed_over = []
+    for name in from_main([step.name for step in reversed(_steps(run_dir))]):
+        step = run_dir / "checkpoints" / name
+        problem = damage(step, world.rank, world.size)
+        if all_agree(problem is None):
+            return step, passed_over
+        problems: list[Any] = [None] * world.size
+        dist.all_gather_object(problems, problem)
+        passed_over.append(next(p for p in problems if p))
+    return None, passed_over
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The method's whole state."""
+    return load_file(checkpoint / "model.safetensors")
+
+
+def load_state(checkpoint: Path) -> RunState:
+    """Counters and the facts that a resumed run must agree with."""
+    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+@contextmanager
+def moment_reader(checkpoint: Path) -> Iterator[Any]:
+    """A function from `parameter/moment` to its tensor, reading one at a time, however many ranks wrote them."""
+    files = [safe_open(path, framework="pt") for path in sorted(checkpoint.glob("optimizer-*.safetensors"))]
+    owner = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict
+
+    def read(key: str) -> Tensor:
+        if key not in owner:
+            raise CheckpointError(f"{checkpoint}: optimiser state of '{key}' is missing; it is from another method")
+        return owner[key].get_tensor(key)
+
+    yield read
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Refuse to resume with another method, batch, crop, seed, audio or labels. Raises CheckpointError with both."""
+    changed = [key for key in now if saved.get(key) != now[key]]
+    if changed:
+        lines = "\n".join(f"  {key}: was {saved.get(key)}, is {now[key]}" for key in changed)
+        raise CheckpointError(
+            f"{run_dir}: holds a run with other settings; start under another name=, take over its weights with "
+            f"init_from={run_dir}, or restore these:\n{lines}"
+        )
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder against a second process. Raises CheckpointError naming the holder's host and pid."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{run_dir}: in use by {file.read().strip() or 'another process'}; stop it or choose another name="
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

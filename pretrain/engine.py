@@ -1,0 +1,218 @@
+"""The only file that imports deepspeed: build, backward, step, and the optimiser's state by parameter name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError, OptimizerConfig
+from pretrain.method import Batch, Method, StepOutput
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # the accelerator must be chosen before
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+
+# On CPUs DeepSpeed would compile a shared-memory all-reduce at start; gloo does without a compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SkippableAdamW(torch.optim.AdamW):
+    """Fused AdamW that leaves weights and moments alone where a gradient is not finite or `skip` says so.
+
+    The decision stays on the device: torch's fused kernel reads it as `found_inf`, as it does for gradient scalers.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: OptimizerConfig) -> None:
+        betas = (config.betas[0], config.betas[1])
+        # The rate is set before every step from the schedule; zero until then.
+        super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+        self.skip = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device)
+
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter that has a gradient."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack(torch._foreach_norm(grads)).sum() if grads else self.skip.new_zeros(())
+        self.found_inf = torch.maximum(self.skip, (~torch.isfinite(total)).float())
+        super().step(closure)
+
+
+class Engine:
+    """DeepSpeed around one method: ZeRO, gradient clipping, mixed precision, the state of the optimiser."""
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: OptimizerConfig,
+        deepspeed_config: dict[str, Any],
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.method = method
+        method.to(device)
+        if precision in DTYPES:
+            # Inside the module, because DeepSpeed switches off an autocast that surrounds its forward.
+            method.forward = torch.autocast(device.type, DTYPES[precision])(method.forward)  # type: ignore[method-assign]
+        self._adamw = SkippableAdamW(method.parameter_groups(), device, optimizer)
+        settings = _settings(deepspeed_config, optimizer.clip_norm)
+        self._engine = deepspeed.initialize(model=method, optimizer=self._adamw, config=settings)[0]
+        self.zero_stage = self._engine.zero_optimization_stage()
+        self.grad_norm = float("nan")  # of the last update, before clipping
+        if precision == "fp16":
+            self._scale_losses()
+
+    def _scale_losses(self) -> None:
+        """fp16 autocast over fp32 weights: DeepSpeed sees fp32 and would not scale by itself."""
+        if self.zero_stage == 0:
+            raise ConfigError("precision: fp16 needs deepspeed=zero1 or higher, where DeepSpeed can scale the loss")
+        self._engine.optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=2.0**16,
+            scale_window=2000,
+            min_scale=1.0,
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+            dtype=torch.half,
+        )
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """The method's forward, with DeepSpeed's hooks around it."""
+        return self._engine(batch)
+
+    def figures(self, batch: Batch) -> dict[str, Any]:
+        """The method's pictures of one batch; a collective call, since ZeRO 3 has to gather the weights."""
+        with deepspeed.zero.GatheredParameters(list(self.method.parameters()), enabled=self.zero_stage == 3):
+            return self.method.figures(batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch; `last` marks the final one of the update."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float, skip: Tensor) -> bool:
+        """Clip and update at rate `lr`; returns whether the update was applied.
+
+        `skip` is a () float tensor, nonzero where there is nothing to learn from. Reading the answer is the one
+        moment of an update at which the host waits for the device; DeepSpeed waits there too, for the gradient norm.
+        """
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.skip = skip
+        if self.zero_stage == 0:
+            grads = [p.grad for _, p in self._trained() if p.grad is not None]
+            self.grad_norm = float(torch.nn.utils.get_total_norm(grads))
+        self._engine.step()
+        if self.zero_stage:
+            self.grad_norm = float(self._engine.get_global_grad_norm())
+        return self._engine.was_step_applied() and not bool(self._adamw.found_inf)
+
+    @property
+    def loss_scale(self) -> float:
+        """The present factor on the loss; 1 except for fp16."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    def weights(self, keep: bool) -> dict[str, Tensor]:
+        """Every parameter and buffer of the method, whole, on the CPU; a collective call, empty unless `keep`."""
+        state = {}
+        for name, value in self.method.state_dict(keep_vars=True).items():
+            with _gathered(value, self.zero_stage):
+                if keep:
+                    state[name] = value.detach().to("cpu", copy=True).contiguous()
+        return state
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name/moment, whole fp32 tensor) of every trained parameter; a collective call on all ranks."""
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                yield f"{name}/{moment}", self._moment(parameter, moment).cpu().contiguous()
+
+    def scalars(self) -> dict[str, float]:
+        """What resuming needs beside tensors: the optimiser's step count and the loss scale."""
+        return {"adam_step": self._adam_step(), "loss_scale": self.loss_scale}
+
+    def load_optimizer_state(self, read: Any, scalars: dict[str, float]) -> None:
+        """Put back what `optimizer_state` gave, at any world size and ZeRO stage; `read(key)` returns a tensor."""
+        self._make_moments()
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, read(f"{name}/{moment}"))
+        for state in self._adamw.state.values():
+            if "step" in state:
+                state["step"].fill_(scalars["adam_step"])
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is not None and scaler.dynamic:
+            scaler.cur_scale = scalars["loss_scale"]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.method.named_parameters() if p.requires_grad]
+
+    def _make_moments(self) -> None:
+        """Let the optimiser allocate its state by a step at rate zero, which moves nothing."""
+        parameters = [parameter for _, parameter in self._trained()]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
+            self.backward(sum(p.sum() for p in parameters) * 0.0, last=True)
+        self.step(0.0, torch.zeros_like(self._adamw.skip))
+
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        if self.zero_stage:
+            return safe_get_full_optimizer_state(parameter, moment)
+        return self._adamw.state[parameter][moment]
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+        value = value.to(self._adamw.skip.device)
+        if self.zero_stage == 3:
+            # The "full" setter reads past the end where ranks do not divide the size (DeepSpeed 0.19.8, stage3.py).
+            safe_set_local_optimizer_state(parameter, _own_part(value), moment)
+        elif self.zero_stage:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            self._adamw.state[parameter][moment].copy_(value)
+
+    def _adam_step(self) -> float:
+        steps = [float(state["step"]) for state in self._adamw.state.values() if "step" in state]
+        return max(steps, default=0.0)
+
+
+def _settings(deepspeed_config: dict[str, Any], clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration; what the recipe or this file decides cannot be set in conf/deepspeed."""
+    owned = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    refused = sorted({*owned, "train_batch_size", "fp16", "bf16", "optimizer", "scheduler"} & set(deepspeed_config))
+    if refused:
+        raise ConfigError(
+            f"deepspeed.{refused[0]}: set by the recipe; use batch, precision, optimizer and schedule instead"
+        )
+    return {**deepspeed_config, **owned}
+
+
+def _gathered(value: Tensor, zero_stage: int) -> Any:
+    """ZeRO 3 holds parameters in parts; buffers are whole at every stage."""
+    partitioned = zero_stage == 3 and isinstance(value, nn.Parameter)
+    return deepspeed.zero.GatheredParameters([value], enabled=partitioned)
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """This rank's equal share of a flat tensor, zeros after its end, as ZeRO 3 cuts parameters."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    size = -(-value.numel() // world)
+    return nn.functional.pad(value.flatten(), (0, size * world - value.numel()))[rank * size : (rank + 1) * size]

@@ -1,0 +1,88 @@
+"""Checkpoints to files that others load: the native export, s3prl's layout, Hugging Face's."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.config import nearest
+from pretrain.download import file_sha256
+from pretrain.interop.files import new_directory, write_huggingface, write_json, write_safetensors, write_torch
+from pretrain.interop.types import InteropError, TrainedMethod
+from pretrain.method import Encoder, load_interop, load_method
+from pretrain.weights import NATIVE_FORMAT, NATIVE_VERSION, interop_of, load_strictly, load_trained
+
+# Format -> the function of a method's interop module that makes it.
+_FOREIGN_FORMATS = {"s3prl": "to_s3prl", "huggingface": "to_huggingface"}
+
+
+@dataclass
+class ExportConfig:
+    """`checkpoint` is a run or checkpoint folder; `kmeans` a label directory or k-means model to attach instead of the
+    run's own, for the native format.
+    """
+
+    checkpoint: str
+    output: str
+    format: str = "native"
+    kmeans: str | None = None
+
+
+def export(config: ExportConfig) -> str:
+    """Write the export and return a sentence about it. Raises InteropError for what cannot be exported."""
+    trained = load_trained(config.checkpoint)
+    formats = formats_of(trained.method_name)
+    if config.format not in formats:
+        raise InteropError(f"format: {trained.method_name} has no '{config.format}'; {nearest(config.format, formats)}")
+    if config.kmeans is not None:
+        trained = replace(trained, kmeans_dir=find_kmeans(Path(config.kmeans)))
+    output = Path(config.output)
+    if config.format == "native":
+        write_native(trained.method_name, _encoder(trained, config.checkpoint), output, trained.kmeans_dir)
+    elif config.format == "s3prl":
+        write_torch(output, interop_of(trained.method_name).to_s3prl(trained))
+    else:
+        write_huggingface(output, interop_of(trained.method_name).to_huggingface(trained))
+    units = " with its k-means model" if config.format == "native" and trained.kmeans_dir else ""
+    return f"{output}: {trained.method_name} in {config.format} format{units}"
+
+
+def formats_of(method_name: str) -> list[str]:
+    """What checkpoints of a method can be exported to."""
+    interop = load_interop(method_name)
+    return ["native", *(name for name, function in _FOREIGN_FORMATS.items() if hasattr(interop, function))]
+
+
+def write_native(method_name: str, encoder: Encoder, directory: Path, kmeans_dir: Path | None = None) -> None:
+    """Write config.json, encoder.safetensors and, where given, a copy of the k-means model; appears in one move.
+
+    config.json lists every file with its sha256, so that the directory can be fetched from a plain web server.
+    """
+    with new_directory(directory) as folder:
+        write_safetensors(folder / "encoder.safetensors", encoder.state_dict())
+        if kmeans_dir is not None:
+            shutil.copytree(kmeans_dir, folder / "kmeans")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        content = {
+            "format": NATIVE_FORMAT,
+            "version": NATIVE_VERSION,
+            "method": method_name,
+            "encoder": encoder.to_config(),
+            "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
+        }
+        write_json(folder / "config.json", content)
+
+
+def find_kmeans(path: Path) -> Path:
+    """The k-means model in a label directory, or the directory itself where it is one."""
+    for candidate in (path / "kmeans", path):
+        if (candidate / "kmeans.json").is_file():
+            return candidate
+    raise InteropError(f"{path}: no k-means model; give a label directory of tools/kmeans_labels.py")
+
+
+def _encoder(trained: TrainedMethod, origin: str) -> Encoder:
+    encoder = load_method(trained.method_name).Encoder.from_config(trained.encoder_config())
+    load_strictly(encoder, trained.encoder_state(), origin)
+    return encoder

@@ -1,0 +1,66 @@
+"""Says in plain words when a run is ill, and stops it when it cannot recover.
+
+Works on the names that metrics carry by convention: `loss`, `accuracy*`, `*_perplexity` of a histogram, `*_variance`
+of a target or a prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+EARLY_UPDATES = 2000
+TOO_GOOD_ACCURACY = 0.995
+COLLAPSED_PERPLEXITY = 1.5
+COLLAPSED_VARIANCE = 1e-4
+# Log intervals in a row in which a sign must hold before the run is stopped.
+HOPELESS_INTERVALS = 3
+
+
+class HopelessRun(RuntimeError):
+    """Training cannot recover; the message says what was seen and what to look at."""
+
+
+@dataclass
+class HealthMonitor:
+    """Looks at every log interval's numbers; the same on all ranks, since the numbers are reduced."""
+
+    clip_norm: float
+    _streaks: dict[str, int] = field(default_factory=dict)
+
+    def check(self, update: int, values: dict[str, float]) -> list[str]:
+        """Sentences about this interval. Raises HopelessRun where a fatal sign has lasted."""
+        fatal, warnings = self._fatal(values), self._warnings(update, values)
+        self._streaks = {sign: self._streaks.get(sign, 0) + 1 for sign in fatal}
+        for sign, sentence in fatal.items():
+            if self._streaks[sign] >= HOPELESS_INTERVALS:
+                raise HopelessRun(f"update {update}: {sentence}")
+        return [*fatal.values(), *warnings]
+
+    def _fatal(self, values: dict[str, float]) -> dict[str, str]:
+        signs = {}
+        for name, value in values.items():
+            if name.endswith("labels_perplexity") and value < COLLAPSED_PERPLEXITY:
+                signs[name] = (
+                    f"the training labels are nearly all the same ({name} {value:.2f}); look at the label files, their "
+                    "dictionary and the k-means report"
+                )
+            elif name.endswith("_variance") and value < COLLAPSED_VARIANCE:
+                signs[name] = (
+                    f"{name} is {value:.2g}: the targets have collapsed; lower the rate or raise the EMA decay"
+                )
+        if not math.isfinite(values.get("loss", 0.0)):
+            signs["loss"] = "the loss is not finite; lower optimizer.lr, or use precision=bf16 or fp32"
+        return signs
+
+    def _warnings(self, update: int, values: dict[str, float]) -> list[str]:
+        lines = []
+        for name, value in values.items():
+            if name.startswith("accuracy") and value > TOO_GOOD_ACCURACY and update < EARLY_UPDATES:
+                lines.append(f"{name} is {value:.3f} after {update} updates: too good; do targets leak into the input?")
+            if name.endswith("predictions_perplexity") and value < COLLAPSED_PERPLEXITY and update > EARLY_UPDATES:
+                lines.append(f"the network predicts one class ({name} {value:.2f}); its rate may be too high")
+        norm = values.get("gradient_norm", 0.0)
+        if self.clip_norm and norm > 100 * self.clip_norm:
+            lines.append(f"the gradient norm is {norm:.3g}, {norm / self.clip_norm:.0f} times the clipping norm")
+        return lines

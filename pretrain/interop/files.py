@@ -1,0 +1,161 @@
+"""Reading foreign weight files without executing anything in them, and writing files that other projects read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.interop.types import HuggingFaceModel, InteropError
+
+# One file, or the index of several; safetensors first, where a directory holds both.
+HUGGINGFACE_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """The mapping in a .pt, .pth or .bin file, tensors on the CPU; loaded weights-only, so nothing is executed.
+
+    Raises InteropError for a file that holds other Python objects, is damaged, or is no mapping.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InteropError(
+            f"{path}: it holds Python objects beyond tensors and plain containers, which are not loaded because "
+            "unpickling them can run any code; if you trust the file, convert it once where its project is installed: "
+            "c = torch.load(file, weights_only=False); torch.save({'model': c['model'], 'cfg': "
+            "OmegaConf.to_container(OmegaConf.create(c['cfg']))}, new_file) and give the new file "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InteropError(f"{path}: not a complete PyTorch file ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InteropError(f"{path}: holds a {type(content).__name__}, not a checkpoint; give a checkpoint dictionary")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on the CPU; raises InteropError for a damaged file."""
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise InteropError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises InteropError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InteropError(f"{path}: not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InteropError(f"{path}: not a JSON object; give a configuration file")
+    return content
+
+
+def read_huggingface(directory: Path) -> HuggingFaceModel:
+    """A Hugging Face directory: safetensors or pytorch_model.bin, in one file or sharded by an index."""
+    config = read_json(directory / "config.json")
+    preprocessor = directory / "preprocessor_config.json"
+    return HuggingFaceModel(
+        config, _huggingface_tensors(directory), read_json(preprocessor) if preprocessor.is_file() else {}
+    )
+
+
+def _huggingface_tensors(directory: Path) -> dict[str, Tensor]:
+    for single, index in HUGGINGFACE_WEIGHTS:
+        if (directory / single).is_file():
+            return _read_weight_file(directory / single)
+        if (directory / index).is_file():
+            tensors: dict[str, Tensor] = {}
+            for name in shard_names(read_json(directory / index), directory / index):
+                tensors |= _read_weight_file(directory / name)
+            return tensors
+    names = ", ".join(name for pair in HUGGINGFACE_WEIGHTS for name in pair)
+    raise InteropError(f"{directory}: none of {names}; give a complete Hugging Face directory")
+
+
+def _read_weight_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InteropError(f"{path}: named in the index beside it but missing; copy it there")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
+    """The weight files that an index lists; raises InteropError for a name that leaves the directory."""
+    names = sorted(set(index.get("weight_map", {}).values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise InteropError(f"{path}: weight_map: must name files beside it; copy or download the file again")
+    return names
+
+
+def write_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain containers and CPU tensors as a .pt file that loads weights-only anywhere; appears in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(_plain(content, str(path)), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_huggingface(directory: Path, model: HuggingFaceModel) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json; the directory appears in one move."""
+    with new_directory(directory) as temporary:
+        write_json(temporary / "config.json", model.config)
+        write_json(temporary / "preprocessor_config.json", model.preprocessor)
+        # transformers refuses safetensors files without this entry.
+        write_safetensors(temporary / "model.safetensors", model.tensors, {"format": "pt"})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous CPU copies of `tensors`."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place when the block ends, and vanishes when it raises."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item, where) for item in value)
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise InteropError(f"{where}: a {type(value).__name__} does not load weights-only; convert it to a plain value")

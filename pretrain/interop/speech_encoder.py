@@ -1,0 +1,312 @@
+"""The shared speech encoder in fairseq's (and s3prl's) and in transformers' names, both ways.
+
+fairseq: fairseq/models/hubert/hubert.py, fairseq/models/wav2vec/wav2vec2.py. transformers:
+models/hubert/modeling_hubert.py, configuration_hubert.py.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.interop.tables import KeyTable
+from pretrain.interop.types import InteropError
+
+# Layers of a model that somebody writes by hand; a larger repeat count in a stranger's file is an attack or an error.
+_MAX_CONV_LAYERS = 64
+
+_FAIRSEQ_PAIRS = [
+    ("mask_emb", "mask_emb"),
+    ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.0.*"),
+    ("layer_norm.*", "layer_norm.*"),
+    ("post_extract_proj.*", "post_extract_proj.*"),
+    ("encoder.pos_conv.weight_g", "encoder.pos_conv.0.weight_g"),
+    ("encoder.pos_conv.weight_v", "encoder.pos_conv.0.weight_v"),
+    ("encoder.pos_conv.bias", "encoder.pos_conv.0.bias"),
+    ("encoder.layer_norm.*", "encoder.layer_norm.*"),
+    ("encoder.layers.{j}.self_attn.q_proj.*", "encoder.layers.{j}.self_attn.q_proj.*"),
+    ("encoder.layers.{j}.self_attn.k_proj.*", "encoder.layers.{j}.self_attn.k_proj.*"),
+    ("encoder.layers.{j}.self_attn.v_proj.*", "encoder.layers.{j}.self_attn.v_proj.*"),
+    ("encoder.layers.{j}.self_attn.out_proj.*", "encoder.layers.{j}.self_attn.out_proj.*"),
+    ("encoder.layers.{j}.self_attn_layer_norm.*", "encoder.layers.{j}.self_attn_layer_norm.*"),
+    ("encoder.layers.{j}.fc1.*", "encoder.layers.{j}.fc1.*"),
+    ("encoder.layers.{j}.fc2.*", "encoder.layers.{j}.fc2.*"),
+    ("encoder.layers.{j}.final_layer_norm.*", "encoder.layers.{j}.final_layer_norm.*"),
+]
+# fairseq wraps the per-layer norm between two transpositions, the group norm not.
+FAIRSEQ_KEYS = {
+    "default": KeyTable(
+        [
+            ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.2.*"),
+            *_FAIRSEQ_PAIRS,
+        ]
+    ),
+    "layer_norm": KeyTable(
+        [
+            ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.2.1.*"),
+            *_FAIRSEQ_PAIRS,
+        ]
+    ),
+}
+
+HUGGINGFACE_KEYS = KeyTable(
+    [
+        ("mask_emb", "masked_spec_embed"),
+        ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.conv.*"),
+        ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.layer_norm.*"),
+        ("layer_norm.*", "feature_projection.layer_norm.*"),
+        ("post_extract_proj.*", "feature_projection.projection.*"),
+        ("encoder.pos_conv.weight_g", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
+        ("encoder.pos_conv.weight_v", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+        ("encoder.pos_conv.bias", "encoder.pos_conv_embed.conv.bias"),
+        ("encoder.layer_norm.*", "encoder.layer_norm.*"),
+        ("encoder.layers.{j}.self_attn.q_proj.*", "encoder.layers.{j}.attention.q_proj.*"),
+        ("encoder.layers.{j}.self_attn.k_proj.*", "encoder.layers.{j}.attention.k_proj.*"),
+        ("encoder.layers.{j}.self_attn.v_proj.*", "encoder.layers.{j}.attention.v_proj.*"),
+        ("encoder.layers.{j}.self_attn.out_proj.*", "encoder.layers.{j}.attention.out_proj.*"),
+        ("encoder.layers.{j}.self_attn_layer_norm.*", "encoder.layers.{j}.layer_norm.*"),
+        ("encoder.layers.{j}.fc1.*", "encoder.layers.{j}.feed_forward.intermediate_dense.*"),
+        ("encoder.layers.{j}.fc2.*", "encoder.layers.{j}.feed_forward.output_dense.*"),
+        ("encoder.layers.{j}.final_layer_norm.*", "encoder.layers.{j}.final_layer_norm.*"),
+    ]
+)
+# transformers wrote these names before torch's weight norm became a parametrization; both occur in published files.
+_OLD_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+
+# fairseq's own defaults (dataclasses HubertConfig, Wav2Vec2Config), for fields that a checkpoint leaves out.
+_FAIRSEQ_FIELDS: dict[str, Any] = {
+    "extractor_mode": "default",
+    "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
+    "conv_bias": False,
+    "encoder_layers": 12,
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
+    "layer_norm_first": False,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "dropout_input": 0.0,
+    "encoder_layerdrop": 0.0,
+    "feature_grad_mult": 1.0,
+}
+_FAIRSEQ_FIXED: dict[str, Any] = {"activation_fn": "gelu", "layer_type": "transformer", "pos_conv_depth": 1}
+
+# (ours, transformers', transformers' default)
+_HUGGINGFACE_FIELDS: list[tuple[str, str, Any]] = [
+    ("conv_bias", "conv_bias", False),
+    ("encoder_layers", "num_hidden_layers", 12),
+    ("encoder_embed_dim", "hidden_size", 768),
+    ("encoder_ffn_embed_dim", "intermediate_size", 3072),
+    ("encoder_attention_heads", "num_attention_heads", 12),
+    ("layer_norm_first", "do_stable_layer_norm", False),
+    ("conv_pos", "num_conv_pos_embeddings", 128),
+    ("conv_pos_groups", "num_conv_pos_embedding_groups", 16),
+    ("dropout", "hidden_dropout", 0.1),
+    ("attention_dropout", "attention_dropout", 0.1),
+    ("activation_dropout", "activation_dropout", 0.1),
+    ("dropout_input", "feat_proj_dropout", 0.0),
+    ("encoder_layerdrop", "layerdrop", 0.1),
+]
+_HUGGINGFACE_CONV = {
+    "conv_dim": [512, 512, 512, 512, 512, 512, 512],
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+}
+_HUGGINGFACE_FIXED: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+    "layer_norm_eps": 1e-5,
+}
+_EXTRACTOR_TO_NORM = {"default": "group", "layer_norm": "layer"}
+
+
+def state_to_fairseq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our encoder's tensors under fairseq's names; `config` is ours.
+
+    Raises InteropError where convolutions and Transformer are equally wide: fairseq then has no projection to take
+    ours.
+    """
+    if _conv_dim(config) == config["encoder_embed_dim"]:
+        raise InteropError(
+            f"method.encoder.encoder_embed_dim: {config['encoder_embed_dim']} is also the width of the convolutions, "
+            "where fairseq and s3prl have no post_extract_proj; export to native or huggingface"
+        )
+    return FAIRSEQ_KEYS[config["extractor_mode"]].to_theirs(split_qkv(state))
+
+
+def state_from_fairseq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """fairseq's or s3prl's encoder tensors (heads removed) under our names; `config` is ours."""
+    ours = fuse_qkv(FAIRSEQ_KEYS[config["extractor_mode"]].to_ours(state))
+    if _conv_dim(config) == config["encoder_embed_dim"] and "post_extract_proj.weight" not in ours:
+        ours["post_extract_proj.weight"] = torch.eye(config["encoder_embed_dim"])
+        ours["post_extract_proj.bias"] = torch.zeros(config["encoder_embed_dim"])
+    return ours
+
+
+def state_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our encoder's tensors under the names of transformers' base model."""
+    return HUGGINGFACE_KEYS.to_theirs(split_qkv(state))
+
+
+def state_from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a transformers model under our names; `config` is ours.
+
+    `prefix` is the class's `base_model_prefix`: files of models with a head hold the base model below it, and the head
+    outside, which is left out. A model that was fine-tuned without masking has no mask embedding; a fresh one is drawn.
+    """
+    if any(key.startswith(f"{prefix}.") for key in state):
+        state = {key.removeprefix(f"{prefix}."): v for key, v in state.items() if key.startswith(f"{prefix}.")}
+    modern = {}
+    for key, value in state.items():
+        stem, _, last = key.rpartition(".")
+        modern[f"{stem}.{_OLD_WEIGHT_NORM[last]}" if last in _OLD_WEIGHT_NORM else key] = value
+    modern.setdefault("masked_spec_embed", torch.rand(config["encoder_embed_dim"]))
+    return fuse_qkv(HUGGINGFACE_KEYS.to_ours(modern))
+
+
+def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each `qkv_proj` (rows q, k, v) by `q_proj`, `k_proj` and `v_proj`."""
+    split: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if ".qkv_proj." not in key:
+            split[key] = value
+            continue
+        for name, part in zip("qkv", value.chunk(3), strict=True):
+            # Cloned, because torch.save writes the whole storage behind a view.
+            split[key.replace(".qkv_proj.", f".{name}_proj.")] = part.clone()
+    return split
+
+
+def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each `q_proj`, `k_proj`, `v_proj` by one `qkv_proj`; raises InteropError where one of them is missing."""
+    fused: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if ".q_proj." in key:
+            names = [key.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+            if missing := [name for name in names if name not in state]:
+                raise InteropError(f"state dict: missing {', '.join(missing)}; the file is incomplete")
+            fused[key.replace(".q_proj.", ".qkv_proj.")] = torch.cat([state[name] for name in names])
+        elif ".k_proj." not in key and ".v_proj." not in key:
+            fused[key] = value
+    return fused
+
+
+def config_to_fairseq(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our encoder's config as the encoder's share of fairseq's model config and of its task config."""
+    model = {name: config[name] for name in _FAIRSEQ_FIELDS}
+    model["conv_feature_layers"] = repr([tuple(layer) for layer in config["conv_feature_layers"]])
+    model |= {"activation_fn": "gelu", "layer_type": "transformer", "required_seq_len_multiple": 2}
+    return model, {"sample_rate": 16000, "normalize": config["normalize"]}
+
+
+def config_from_fairseq(model: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """fairseq's model and task config as our encoder's config; raises InteropError for what our encoder lacks."""
+    _require(model, _FAIRSEQ_FIXED, "model config")
+    config = {name: model.get(name, default) for name, default in _FAIRSEQ_FIELDS.items()}
+    config["conv_feature_layers"] = parse_conv_layers(config["conv_feature_layers"])
+    return config | {"normalize": bool(task.get("normalize", False)), "frame_length_rule": "fold"}
+
+
+def config_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our encoder's config in transformers' fields, each of them explicit.
+
+    SpecAugment is on by default in transformers and would mask the input of whoever fine-tunes without knowing it; a
+    `mask_time_prob` above 0 is still needed for the class to own `masked_spec_embed`.
+    """
+    dims, kernels, strides = zip(*config["conv_feature_layers"], strict=True)
+    return {
+        **{theirs: config[ours] for ours, theirs, _ in _HUGGINGFACE_FIELDS},
+        **_HUGGINGFACE_FIXED,
+        "conv_dim": list(dims),
+        "conv_kernel": list(kernels),
+        "conv_stride": list(strides),
+        "num_feat_extract_layers": len(dims),
+        "feat_extract_norm": _EXTRACTOR_TO_NORM[config["extractor_mode"]],
+        "initializer_range": 0.02,
+        "final_dropout": 0.0,
+        "apply_spec_augment": False,
+        "mask_time_prob": 0.05,
+        "mask_time_length": 10,
+        "mask_time_min_masks": 2,
+        "mask_feature_prob": 0.0,
+        "mask_feature_length": 10,
+        "mask_feature_min_masks": 0,
+        "dtype": "float32",
+    }
+
+
+def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' config as ours; raises InteropError for what our encoder lacks.
+
+    Without preprocessor_config.json the waveform is normalised exactly where the extractor has layer norms, which is
+    how the published models were trained. What transformers does not store takes its neutral value.
+    """
+    _require(config, _HUGGINGFACE_FIXED, "config.json")
+    mode = {norm: mode for mode, norm in _EXTRACTOR_TO_NORM.items()}[config.get("feat_extract_norm", "group")]
+    conv = [config.get(name, default) for name, default in _HUGGINGFACE_CONV.items()]
+    return {
+        "extractor_mode": mode,
+        "conv_feature_layers": [list(layer) for layer in zip(*conv, strict=True)],
+        **{ours: config.get(theirs, default) for ours, theirs, default in _HUGGINGFACE_FIELDS},
+        "feature_grad_mult": 1.0,
+        "normalize": bool(preprocessor.get("do_normalize", mode == "layer_norm")),
+        "frame_length_rule": "conv",
+    }
+
+
+def parse_conv_layers(layers: str | list[Any]) -> list[list[int]]:
+    """`"[(512,10,5)] + [(512,3,2)] * 4"`, as fairseq writes it, or a plain list, to [[dim, kernel, stride], ...].
+
+    Only lists, tuples, integers, + and * are understood, so nothing in a stranger's file is executed. Raises
+    InteropError for anything else.
+    """
+    problem = InteropError(
+        f"model config: conv_feature_layers: cannot read {layers!r}; write a list of (dim, kernel, stride)"
+    )
+    if isinstance(layers, str):
+        try:
+            layers = _evaluate(ast.parse(layers, mode="eval").body)
+        except (SyntaxError, ValueError) as error:
+            raise problem from error
+    if not isinstance(layers, list) or not all(isinstance(layer, list | tuple) and len(layer) == 3 for layer in layers):
+        raise problem
+    return [[int(number) for number in layer] for layer in layers]
+
+
+def _evaluate(node: ast.expr) -> Any:
+    match node:
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_evaluate(item) for item in items]
+        case ast.Constant(value=int() as number):
+            return number
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _evaluate(left), _evaluate(right)
+            if isinstance(first, list) and isinstance(second, list):
+                return first + second
+        case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)) if times <= _MAX_CONV_LAYERS:
+            repeated = _evaluate(left)
+            if isinstance(repeated, list) and len(repeated) * times <= _MAX_CONV_LAYERS:
+                return repeated * times
+    raise ValueError("not a list of layers")
+
+
+def _conv_dim(config: Mapping[str, Any]) -> int:
+    return config["conv_feature_layers"][-1][0]
+
+
+def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], origin: str) -> None:
+    for name, expected in fixed.items():
+        if config.get(name, expected) != expected:
+            raise InteropError(
+                f"{origin}: {name}: {config[name]!r} is not supported, only {expected!r}; "
+                "this checkpoint cannot be imported"
+            )

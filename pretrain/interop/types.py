@@ -1,0 +1,60 @@
+"""What travels between a method's `interop` module and the code that reads, exports and initialises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class InteropError(ValueError):
+    """A checkpoint that cannot be read, converted or exported: `<file>: <field>: <what is wrong>; <what to do>`."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A foreign checkpoint in this project's names.
+
+    `encoder_config` is what `Encoder.from_config` takes, `encoder_state` what `Encoder.load_state_dict` takes, and
+    `head_state` the method's tensors outside the encoder, empty where the file has none.
+    """
+
+    encoder_config: dict[str, Any]
+    encoder_state: dict[str, Tensor]
+    head_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainedMethod:
+    """One of our checkpoints: the resolved `method` block and `Method.state_dict()` (encoder tensors: `encoder.*`).
+
+    `kmeans_dir` is the k-means model that made the run's first label set, where it travelled with the run.
+    """
+
+    method_name: str
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    kmeans_dir: Path | None = None
+
+    def encoder_config(self) -> dict[str, Any]:
+        """The plain mapping that the encoder's `from_config` takes."""
+        return self.config["encoder"]
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder's tensors under the encoder's own names."""
+        return {key.removeprefix("encoder."): value for key, value in self.state.items() if key.startswith("encoder.")}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Every tensor outside the encoder."""
+        return {key: value for key, value in self.state.items() if not key.startswith("encoder.")}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """The parts of a Hugging Face directory: config.json, the weights, preprocessor_config.json (empty if absent)."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    preprocessor: dict[str, Any] = field(default_factory=dict)

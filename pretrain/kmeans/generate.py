@@ -1,0 +1,318 @@
+"""Making a label directory: fit on a sample, then label every file as it streams by; no feature reaches the disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from pretrain.config import resolve_data_dir
+from pretrain.data.label_files import LabelWriter, merge_shards
+from pretrain.data.labels import LabelError, LabelInfoFile, SplitInfo, publish_labels
+from pretrain.data.manifest import Manifest
+from pretrain.export import find_kmeans
+from pretrain.kmeans.features import MAX_CHUNK_SECONDS, SAMPLE_RATE, FeatureError, FeatureExtractor, FeatureSpec
+from pretrain.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
+from pretrain.kmeans.model import KMeansModel, make_extractor
+from pretrain.kmeans.quality import Alignments, QualityCounter
+from pretrain.kmeans.ranks import Ranks
+from pretrain.kmeans.stream import WaveformStream, check_problems
+from pretrain.upstream import Upstream
+
+SPLITS = ("train", "valid")
+
+
+@dataclass
+class LabelData:
+    """`dir` holds train.tsv and valid.tsv; `sample` is the embedded sample."""
+
+    dir: str
+    workers: int = 2
+    max_bad_share: float = 0.01
+
+
+@dataclass
+class LabelOptions:
+    """`features` is mfcc, logmel or upstream (with `checkpoint` and `layer`; `upstream` names the method where the file
+    does not). `kmeans` is a label directory whose centroids are used instead of fitting new ones. `alignments` is a
+    phone table (utt, start_s, end_s, phone) for purity and PNMI in the report.
+    """
+
+    output: str
+    data: LabelData
+    features: str = "mfcc"
+    clusters: int = 100
+    checkpoint: str | None = None
+    upstream: str | None = None
+    layer: int | None = None
+    kmeans: str | None = None
+    backend: str = "faiss"
+    fit_hours: float = 10.0
+    max_points_per_cluster: int = 1000
+    starts: int | None = None
+    seed: int = 0
+    max_chunk_seconds: float = MAX_CHUNK_SECONDS
+    alignments: str | None = None
+    overwrite: bool = False
+
+    def fit_options(self) -> FitOptions:
+        return FitOptions(
+            self.clusters, self.backend, self.fit_hours, self.max_points_per_cluster, self.starts, self.seed
+        )
+
+
+@dataclass
+class SplitTally:
+    """What one rank saw while labelling its rows of a split."""
+
+    rows: int
+    samples: int
+    used: np.ndarray
+    squared_distance: float = 0.0
+    problems: dict[int, str] = field(default_factory=dict)
+    quality: QualityCounter | None = None
+
+    def add(self, units: np.ndarray, distances: Tensor) -> None:
+        """Count the (F,) units of one file and their squared distances to the centroids."""
+        self.used += np.bincount(units, minlength=len(self.used))
+        self.squared_distance += float(distances.double().sum())
+
+    def merge(self, other: SplitTally) -> None:
+        """Add another rank's."""
+        self.rows += other.rows
+        self.samples += other.samples
+        self.used += other.used
+        self.squared_distance += other.squared_distance
+        self.problems.update(other.problems)
+        if self.quality is not None and other.quality is not None:
+            self.quality.merge(other.quality)
+
+    def report(self) -> dict[str, Any]:
+        """Inertia is the mean squared distance per frame; perplexity the exponential of the units' entropy."""
+        frames = int(self.used.sum())
+        share = self.used[self.used > 0] / max(1, frames)
+        report: dict[str, Any] = {
+            "rows": self.rows,
+            "hours": self.samples / SAMPLE_RATE / 3600,
+            "frames": frames,
+            "inertia_per_frame": self.squared_distance / max(1, frames),
+            "clusters_used": int(np.count_nonzero(self.used)),
+            "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+            "unreadable": list(self.problems.values()),
+        }
+        if self.quality is not None and self.quality.utterances:
+            report["quality"] = self.quality.report()
+        return report
+
+
+def generate_labels(options: LabelOptions) -> dict[str, Any]:
+    """Fit (or load) a k-means model, label every split of `options.data.dir`, write the directory; returns the report.
+
+    Runs alone or on all of torchrun's ranks, each of which extracts its share for the fit and labels a contiguous range
+    of rows; the files do not depend on how many there are. The directory appears under its name only when complete.
+    Raises LabelError for an output that exists, FeatureError and FitError for options that cannot be met, StreamError
+    where too many files are unreadable.
+    """
+    started = time.monotonic()
+    ranks = Ranks.join()
+    try:
+        data_dir = resolve_data_dir(options.data.dir)
+        manifests = {split: Manifest.read(data_dir / f"{split}.tsv") for split in SPLITS if _has(data_dir, split)}
+        alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
+        output = Path(options.output)
+        work = ranks.from_rank_0(lambda: _work_directory(output, options.overwrite))
+        model, fit_report = _kmeans_model(options, manifests["train"], ranks)
+        tallies = {
+            split: _label_split(options, model, split, manifest, alignments, work, ranks)
+            for split, manifest in manifests.items()
+        }
+        report = {
+            "features": asdict(model.spec),
+            "checkpoint": options.checkpoint,
+            "clusters": model.num_clusters,
+            "rate_hz": model.rate_hz,
+            "fit": fit_report,
+            "splits": {split: tally.report() for split, tally in tallies.items()},
+            "world_size": ranks.world_size,
+            "wall_seconds": time.monotonic() - started,
+            "peak_rss_gib_per_rank": ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
+        }
+        ranks.from_rank_0(lambda: _publish(work, output, model, manifests, tallies, report))
+        return report
+    finally:
+        ranks.leave()
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = [f"{report['clusters']} clusters, {report['rate_hz']} labels per second"]
+    for split, values in report["splits"].items():
+        lines.append(
+            f"{split}: {values['rows']} files, {values['hours']:.2f} h, {values['frames']} labels, inertia "
+            f"{values['inertia_per_frame']:.4g} per frame, {values['clusters_used']} clusters used, perplexity "
+            f"{values['perplexity']:.1f}, {len(values['unreadable'])} files unreadable"
+        )
+        for frames, quality in values.get("quality", {}).items():
+            if isinstance(quality, dict):
+                lines.append(
+                    f"{split}, {frames.replace('_', ' ')}: phone purity {quality['phone_purity']:.3f}, cluster purity "
+                    f"{quality['cluster_purity']:.3f}, PNMI {quality['pnmi']:.3f}"
+                )
+    lines.append(f"{report['wall_seconds']:.1f} s, peak memory {max(report['peak_rss_gib_per_rank']):.2f} GiB per rank")
+    return "\n".join(lines)
+
+
+def ensure_mfcc_labels(data_dir: Path, output: Path, clusters: int = 100) -> Path:
+    """Labels of k-means on MFCC for `data_dir` in `output`; made unless a directory of them is there already.
+
+    Call it on all ranks. Returns `output`.
+    """
+    ranks = Ranks.join()
+    try:
+        fresh = ranks.from_rank_0(lambda: is_current(output, data_dir, clusters))
+    finally:
+        ranks.leave()
+    if not fresh:
+        options = LabelOptions(str(output), LabelData(str(data_dir)), clusters=clusters, overwrite=True)
+        generate_labels(options)
+    return output
+
+
+def is_current(directory: Path, data_dir: Path, clusters: int) -> bool:
+    """Whether `directory` holds complete labels of that many classes for the manifests of `data_dir` as they are."""
+    if not (directory / "labels.json").is_file():
+        return False
+    info = LabelInfoFile.read(directory / "labels.json")
+    wanted = {split: Manifest.read(data_dir / f"{split}.tsv") for split in SPLITS if _has(data_dir, split)}
+    return info.num_classes == clusters and all(
+        split in info.splits and info.splits[split].manifest == manifest.fingerprint()
+        for split, manifest in wanted.items()
+    )
+
+
+def _has(data_dir: Path, split: str) -> bool:
+    return split == "train" or (data_dir / f"{split}.tsv").is_file()
+
+
+def _work_directory(output: Path, overwrite: bool) -> Path:
+    if output.exists() and not overwrite:
+        raise LabelError(f"{output}: output: exists already; name another directory, or set overwrite=true")
+    work = output.absolute().with_name(f".{output.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
+
+
+def _kmeans_model(options: LabelOptions, train: Manifest, ranks: Ranks) -> tuple[KMeansModel, dict[str, Any] | None]:
+    if options.kmeans is not None:
+        if options.checkpoint is not None or options.layer is not None:
+            raise FeatureError("kmeans: knows its own features; leave out checkpoint and layer")
+        return KMeansModel.load(find_kmeans(Path(options.kmeans))).to(ranks.device), None
+    started = time.monotonic()
+    fit_options = options.fit_options()
+    extractor = _extractor(options, ranks)
+    rows = sample_rows(train.lengths, options.fit_hours, options.seed)
+    share = keep_share(train.lengths[rows], extractor.rate_hz, fit_options)
+    mine = rows[list(ranks.share(train.lengths[rows]))]
+    stream = WaveformStream(train, options.data.max_bad_share, options.data.workers)
+    progress = tqdm(stream.read(mine), "sampling for k-means", len(mine), unit="file", disable=ranks.rank != 0)
+    points = sample_points(extractor, progress, share, options.seed, ranks.device)
+    joined = ranks.gather_rows(points)
+    count = sum(ranks.gather(len(points)))
+    extracted = time.monotonic()
+    centroids = ranks.from_rank_0(lambda: fit_centroids(joined, fit_options))
+    report = {
+        **asdict(fit_options),
+        "rows": len(rows),
+        "points": count,
+        "extraction_seconds": extracted - started,
+        "fit_seconds": time.monotonic() - extracted,
+    }
+    return KMeansModel(centroids, extractor).to(ranks.device), report
+
+
+def _extractor(options: LabelOptions, ranks: Ranks) -> FeatureExtractor:
+    if options.features != "upstream":
+        for name in ("checkpoint", "upstream"):
+            if getattr(options, name) is not None:
+                raise FeatureError(f"{name}: features={options.features} uses none; did you mean features=upstream?")
+        return make_extractor(FeatureSpec(options.features, layer=options.layer))
+    if options.checkpoint is None:
+        raise FeatureError("checkpoint: missing; give a run, an export, a Hugging Face folder or a .pt")
+    upstream = Upstream(options.upstream, options.checkpoint)
+    spec = FeatureSpec("upstream", upstream.method_name, options.layer, options.max_chunk_seconds)
+    return make_extractor(spec, upstream.encoder.to(ranks.device))
+
+
+def _label_split(
+    options: LabelOptions,
+    model: KMeansModel,
+    split: str,
+    manifest: Manifest,
+    alignments: Alignments | None,
+    work: Path,
+    ranks: Ranks,
+) -> SplitTally:
+    """Label this rank's rows into a shard; returns what all ranks saw."""
+    rows = ranks.share(manifest.lengths)
+    tally = SplitTally(
+        len(rows),
+        int(manifest.lengths[list(rows)].sum()),
+        np.zeros(model.num_clusters, dtype=np.int64),
+        quality=QualityCounter(alignments.inventory, model.num_clusters) if alignments else None,
+    )
+    stream = WaveformStream(manifest, options.data.max_bad_share, options.data.workers)
+    writer = LabelWriter(work, split, model.num_clusters, shard=ranks.rank)
+    for row, waveform in tqdm(stream.read(rows), f"labelling {split}", len(rows), unit="file", disable=ranks.rank != 0):
+        if waveform is None:
+            writer.write(np.empty(0, dtype=np.int64))
+            continue
+        units, distances = model.units_and_distances(waveform)
+        labels = units.cpu().numpy()
+        writer.write(labels)
+        tally.add(labels, distances)
+        utterance = alignments.find(manifest.utterance_id(row)) if alignments else None
+        if alignments and tally.quality and utterance is not None:
+            tally.quality.add(alignments.frame_phones(utterance, len(labels), model.rate_hz), labels)
+    writer.close()
+    tally.problems = stream.problems
+    first, *others = ranks.gather(tally)
+    for other in others:
+        first.merge(other)
+    check_problems(first.problems, len(manifest), options.data.max_bad_share)
+    return first
+
+
+def _publish(
+    work: Path,
+    output: Path,
+    model: KMeansModel,
+    manifests: dict[str, Manifest],
+    tallies: dict[str, SplitTally],
+    report: dict[str, Any],
+) -> None:
+    """Join the shards, write everything else, labels.json last, and rename the directory to its name."""
+    splits = {}
+    shards = range(report["world_size"])
+    for split, manifest in manifests.items():
+        merge_shards(work, split, model.num_clusters, shards)
+        splits[split] = SplitInfo(len(manifest), manifest.fingerprint(), sorted(tallies[split].problems))
+    model.save(work / "kmeans")
+    (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    publish_labels(work, LabelInfoFile(model.rate_hz, model.num_clusters, model.sha256, splits))
+    if output.exists():
+        replaced = work.with_name(f".{output.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        output.rename(replaced)
+        work.rename(output)
+        shutil.rmtree(replaced)
+    else:
+        work.rename(output)

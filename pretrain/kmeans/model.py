@@ -1,0 +1,131 @@
+"""A fitted k-means model that travels: centroids, what they cluster, and the part of the encoder that makes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.export import write_native
+from pretrain.kmeans.assign import nearest_centroids
+from pretrain.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
+from pretrain.method import Encoder
+from pretrain.upstream import Upstream
+
+FORMAT, VERSION = "headwater-kmeans", 1
+
+
+class KMeansError(Exception):
+    """A k-means directory that cannot be used: "<path>: <what is wrong>; <what to do>"."""
+
+
+class KMeansModel:
+    """(K, D) float32 `centroids` over the features that `extractor` makes of a waveform."""
+
+    def __init__(self, centroids: Tensor, extractor: FeatureExtractor) -> None:
+        """Raises ValueError where the centroids are not as wide as the features."""
+        if centroids.ndim != 2 or centroids.shape[1] != extractor.dim:
+            raise ValueError(f"centroids: {tuple(centroids.shape)} do not fit features of {extractor.dim} dimensions")
+        self.centroids = centroids.float()
+        self.extractor = extractor
+
+    @property
+    def spec(self) -> FeatureSpec:
+        return self.extractor.spec
+
+    @property
+    def rate_hz(self) -> int:
+        """Units per second."""
+        return self.extractor.rate_hz
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def sha256(self) -> str:
+        """Over the centroids and the description of the features: what binds labels to the model that made them."""
+        digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
+        digest.update(self.centroids.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> KMeansModel:
+        """Move centroids and encoder; returns itself."""
+        self.centroids = self.centroids.to(device)
+        if isinstance(self.extractor, UpstreamFeatures):
+            self.extractor.encoder.to(device)
+        return self
+
+    def units(self, waveform: Tensor) -> Tensor:
+        """(T,) float waveform at 16 kHz to (F,) int64 units; F = 0 below 25 ms. Runs where the waveform is."""
+        return self.to(waveform.device).units_and_distances(waveform)[0]
+
+    def units_and_distances(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """As `units`, with the (F,) float32 squared distances to the centroids, on the model's device."""
+        return nearest_centroids(self.extractor.extract(waveform.to(self.centroids.device)), self.centroids)
+
+    def save(self, directory: Path) -> None:
+        """Write centroids.safetensors, encoder/ (a native export) where there is one, and last kmeans.json."""
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({"centroids": self.centroids.cpu().contiguous()}, directory / "centroids.safetensors")
+        if isinstance(self.extractor, UpstreamFeatures) and self.spec.method is not None:
+            write_native(self.spec.method, self.extractor.encoder, directory / "encoder")
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "features": asdict(self.spec),
+            "rate_hz": self.rate_hz,
+            "num_clusters": self.num_clusters,
+            "sha256": self.sha256,
+        }
+        (directory / "kmeans.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> KMeansModel:
+        """Read what `save` wrote, on the CPU. Raises KMeansError for a directory that is not whole."""
+        description = _description(directory / "kmeans.json")
+        try:
+            centroids = load_file(directory / "centroids.safetensors")["centroids"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise KMeansError(f"{directory}/centroids.safetensors: cannot be read ({error}); {REMEDY}") from None
+        spec = FeatureSpec(**description["features"])
+        encoder = Upstream(spec.method, str(directory / "encoder")).encoder if spec.kind == "upstream" else None
+        model = cls(centroids, make_extractor(spec, encoder))
+        if model.sha256 != description["sha256"]:
+            raise KMeansError(f"{directory}: the centroids are not those that kmeans.json describes; {REMEDY}")
+        return model
+
+
+REMEDY = "copy the directory again, or make the labels again"
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise KMeansError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+    if description.get("format") != FORMAT or description.get("version") != VERSION:
+        raise KMeansError(f"{path}: is not version {VERSION} of {FORMAT}; {REMEDY}")
+    return description
+
+
+def make_extractor(spec: FeatureSpec, encoder: Encoder | None = None) -> FeatureExtractor:
+    """The extractor of `spec`; an upstream's uses only the layers of `encoder` that it needs.
+
+    Raises FeatureError for a layer that the encoder does not have.
+    """
+    if spec.kind != "upstream":
+        return SpectralFeatures(spec)
+    if encoder is None:
+        raise ValueError("features=upstream needs an encoder")
+    extractor = UpstreamFeatures(spec, encoder)
+    if hasattr(encoder, "truncated"):
+        return UpstreamFeatures(spec, encoder.truncated(extractor.layer))
+    return extractor

@@ -1,0 +1,180 @@
+"""Metrics that stay on the device until a log step, and where they go: TensorBoard, metrics.jsonl, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pretrain.method import Counts, Ratio
+
+# bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
+
+
+class Accumulator:
+    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one."""
+
+    def __init__(self) -> None:
+        self._committed: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._kinds: dict[str, type] = {}
+
+    def add(self, metrics: dict[str, Ratio | Counts]) -> None:
+        """Add one micro-batch; nothing leaves the device."""
+        for name, value in metrics.items():
+            self._kinds[name] = type(value)
+            if isinstance(value, Ratio):
+                weight = torch.as_tensor(value.weight, dtype=torch.float64)
+                total = value.total.detach().double()
+                value_sum = torch.stack([total, weight.to(total.device, non_blocking=True)])
+            else:
+                value_sum = value.counts.detach().double()
+            self._pending[name] = self._pending[name] + value_sum if name in self._pending else value_sum
+
+    def commit(self) -> None:
+        """Count what was added since the last commit: the update was applied."""
+        for name, value in self._pending.items():
+            self._committed[name] = self._committed[name] + value if name in self._committed else value
+        self._pending = {}
+
+    def roll_back(self) -> None:
+        """Forget what was added since the last commit: the update was refused."""
+        self._pending = {}
+
+    def reduce(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Sum over ranks and reset: values by name, and the pooled histograms.
+
+        A histogram `x` gives `x_perplexity`, the exponential of its entropy, and `x_used`, the share of its entries
+        that occurred. Every rank calls this with the same metrics.
+        """
+        values: dict[str, float] = {}
+        histograms: dict[str, Tensor] = {}
+        for name, value in sorted(self._committed.items()):
+            dist.all_reduce(value)
+            if self._kinds[name] is Ratio:
+                total, weight = value.tolist()
+                values[name] = total / weight if weight else math.nan
+            else:
+                histograms[name] = value.cpu()
+                share = histograms[name] / histograms[name].sum().clamp(min=1)
+                values[f"{name}_perplexity"] = float(torch.exp(torch.special.entr(share).sum()))
+                values[f"{name}_used"] = float((share > 0).double().mean())
+        self._committed = {}
+        return values, histograms
+
+
+class Throughput:
+    """Audio and wall time since the last report."""
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.device = device
+        self.world_size = world_size
+        self.peak_flops = peak_flops(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval; pauses (validation, saving) are left out by calling this after them."""
+        self.audio_seconds = 0.0
+        self.flops = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, audio_seconds: float, flops: float) -> None:
+        """Count one micro-batch of all ranks."""
+        self.audio_seconds += audio_seconds
+        self.flops += flops
+
+    def report(self) -> dict[str, float]:
+        """Hours of audio per hour, FLOP/s, share of the card's peak, and peak memory in GB; starts a new interval."""
+        wall = max(1e-9, time.perf_counter() - self._started)
+        values = {"speed/audio_hours_per_hour": self.audio_seconds / wall, "speed/tflops": self.flops / wall / 1e12}
+        if self.peak_flops:
+            values["speed/share_of_peak"] = self.flops / wall / (self.peak_flops * self.world_size)
+        values["memory/peak_gb"] = peak_memory_gb(self.device)
+        self.restart()
+        return values
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the card in FLOP/s, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory that this process has held: on the card, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Reporter:
+    """Writes from the main rank: curves to TensorBoard, the same numbers to metrics.jsonl, a bar to the terminal."""
+
+    def __init__(self, run_dir: Path, total_micro_batches: int, done_micro_batches: int, purge_update: int) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_update or None)
+        self._log = (run_dir / "metrics.jsonl").open("a")
+        self.bar = tqdm(
+            total=total_micro_batches,
+            initial=done_micro_batches,
+            unit="batch",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file needs no animation
+            smoothing=0.05,
+        )
+
+    def scalars(self, values: dict[str, float], update: int, prefix: str) -> None:
+        """Curves under `prefix/`; names that already have a folder keep it."""
+        named = {name if "/" in name else f"{prefix}/{name}": value for name, value in values.items()}
+        for name, value in named.items():
+            self._writer.add_scalar(name, value, update)
+        self._log.write(json.dumps({"update": update, **named}) + "\n")
+        self._log.flush()
+
+    def figures(self, figures: dict[str, Any], update: int) -> None:
+        """Pictures drawn by the method."""
+        for name, figure in figures.items():
+            self._writer.add_figure(f"validation/{name}", figure, update)
+
+    def histogram(self, name: str, counts: Tensor, update: int) -> None:
+        """How often each entry of a codebook or label set occurred."""
+        edges = torch.arange(len(counts) + 1).numpy()
+        total, squares = float(counts.sum()), float((counts * torch.arange(len(counts)) ** 2).sum())
+        self._writer.add_histogram_raw(
+            name,
+            min=0,
+            max=len(counts) - 1,
+            num=int(total),
+            sum=float((counts * torch.arange(len(counts))).sum()),
+            sum_squares=squares,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.numpy().tolist(),
+            global_step=update,
+        )
+
+    def text(self, line: str) -> None:
+        """A line for people, above the bar."""
+        self.bar.write(line)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.bar.close()
+        self._writer.close()
+        self._log.close()
+
+
+def short(values: dict[str, float], names: list[str]) -> dict[str, str]:
+    """The few numbers that fit beside a progress bar."""
+    return {name.split("/")[-1]: f"{values[name]:.4g}" for name in names if name in values}

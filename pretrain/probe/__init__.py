@@ -1,0 +1,1 @@
+"""Linear probes of frozen features and the quality of their units, from TSV files of labels."""

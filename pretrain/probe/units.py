@@ -1,0 +1,93 @@
+"""Units against phones: those of the k-means model that travelled with an upstream, and k-means fitted here."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.kmeans.quality import WINDOW_SAMPLES, unit_quality
+from pretrain.probe.alignments import frame_centres
+from pretrain.probe.collect import Layer, PhoneTask, Split
+from pretrain.probe.report import UnitScore
+from pretrain.upstream import Upstream
+
+INITIALISATIONS = 5
+BLOCK_ROWS = 16384
+
+
+def unit_score(
+    name: str, units: np.ndarray, phones: np.ndarray, clusters: int, silence: set[int], rate_hz: float
+) -> UnitScore:
+    """Quality of `units` (N,) against phone ids `phones` (N,), over all frames and over those of no `silence`."""
+    joint = np.zeros((int(phones.max()) + 1, clusters), dtype=np.int64)
+    np.add.at(joint, (phones, units), 1)
+    speech = unit_quality(np.delete(joint, [phone for phone in silence if phone < len(joint)], axis=0))
+    everything = unit_quality(joint)
+    return UnitScore(
+        name=name,
+        clusters=clusters,
+        rate_hz=rate_hz,
+        frames=everything.frames,
+        phone_purity=everything.phone_purity,
+        cluster_purity=everything.cluster_purity,
+        pnmi=everything.pnmi,
+        speech_phone_purity=speech.phone_purity,
+        speech_cluster_purity=speech.cluster_purity,
+        speech_pnmi=speech.pnmi,
+    )
+
+
+def fitted_unit_score(
+    name: str, train: Layer, valid: Layer, clusters: int, silence: set[int], rate_hz: float, seed: int
+) -> UnitScore:
+    """Fit k-means on the training rows of one layer, score its units on the validation rows.
+
+    fairseq's settings (examples/hubert/simple_kmeans/learn_kmeans.py), with 5 initialisations instead of 20.
+    Raises ValueError where there are fewer rows than clusters.
+    """
+    if len(train.features) < clusters:
+        raise ValueError(
+            f"clusters: {clusters} clusters need as many frames, here are {len(train.features)}; take fewer"
+        )
+    kmeans = MiniBatchKMeans(
+        clusters,
+        batch_size=10000,
+        max_iter=100,
+        tol=0.0,
+        max_no_improvement=100,
+        n_init=INITIALISATIONS,
+        reassignment_ratio=0.0,
+        compute_labels=False,
+        random_state=seed,
+    )
+    kmeans.fit(train.features.astype(np.float32))
+    starts = range(0, len(valid.features), BLOCK_ROWS)
+    blocks = [kmeans.predict(valid.features[start : start + BLOCK_ROWS].astype(np.float32)) for start in starts]
+    return unit_score(name, np.concatenate(blocks), valid.labels, clusters, silence, rate_hz)
+
+
+def travelling_unit_score(
+    upstream: Upstream, split: Split, task: PhoneTask, silence: set[int], device: torch.device
+) -> UnitScore:
+    """Score the units of the k-means model that travelled with `upstream` on every utterance of `split`."""
+    kmeans = upstream.kmeans
+    stride = SAMPLE_RATE // kmeans.rate_hz
+    window = getattr(kmeans.extractor, "min_samples", WINDOW_SAMPLES)
+    units, phones = [], []
+    for row, key, waveform in split.waveforms("units"):
+        found, lengths = upstream.units(waveform.unsqueeze(0).to(device), torch.tensor([len(waveform)]))
+        found = found[0, : int(lengths[0])].cpu()
+        kept, ids = task.label(row, key, found, frame_centres(len(found), stride, window))
+        units.append(kept.numpy())
+        phones.append(ids)
+    layer = "" if kmeans.spec.layer is None else f", layer {kmeans.spec.layer}"
+    return unit_score(
+        f"k-means that made the labels ({kmeans.spec.kind}{layer})",
+        np.concatenate(units),
+        np.concatenate(phones),
+        kmeans.num_clusters,
+        silence,
+        kmeans.rate_hz,
+    )

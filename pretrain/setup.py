@@ -1,0 +1,107 @@
+"""From a configuration to a trainer: data, method, weights, engine, in the order in which errors are cheapest."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import checkpoint
+from pretrain.config import ConfigError, RunConfig, typed
+from pretrain.data.corpus import Corpus, Split, open_corpus
+from pretrain.data.loader import MicroBatchReader
+from pretrain.data.plan import Plan
+from pretrain.distributed import World, join_world, share_cores
+from pretrain.engine import Engine
+from pretrain.memory import probe_memory
+from pretrain.method import Collator, Method, load_method
+from pretrain.schedule import build_schedule
+from pretrain.trainer import Trainer
+from pretrain.weights import initialise
+
+
+def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
+    """Everything up to the first update; `resources` holds the run folder's lock until it is closed.
+
+    Raises ConfigError and its kin, naming field and fix, before the engine is built wherever possible.
+    """
+    world = join_world()
+    share_cores(world, config.trainer.threads)
+    config.batch.accumulation(world.size)
+    schedule = build_schedule(config.schedule)
+    method_class: type[Method] = load_method(config.method["name"]).Method
+    method_config = typed(method_class.Config, config.method, "method")
+    corpus = open_corpus(config.data, method_class.label_classes(method_config), Path(config.output_dir))
+    if corpus.labels:
+        method_config = method_class.adapt(method_config, corpus.labels)
+    resolved = {**asdict(config), "method": asdict(method_config)}
+    collator = method_class.collator(method_config)
+    reader = _reader(config, corpus.train, collator)
+    valid_reader = _reader(config, corpus.valid, collator) if corpus.valid else None
+
+    if world.is_main:
+        resources.enter_context(checkpoint.run_lock(config.run_dir))
+    torch.manual_seed(config.seed)
+    method = method_class(method_config)
+    found, notes = checkpoint.find_resumable(config.run_dir, world)
+    identity = _identity(resolved, corpus)
+    if found is None:
+        state = checkpoint.RunState(0, 0, 0, 0.0, 1.0, identity)
+        notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
+    else:
+        state = checkpoint.load_state(found)
+        checkpoint.check_identity(state.identity, identity, config.run_dir)
+        method.load_state_dict(checkpoint.load_weights(found))
+        notes.append(f"resuming from {found}: update {state.update}")
+    method.to(world.device)
+    precision = resolve_precision(config.precision, world)
+    if config.trainer.memory_probe and config.deepspeed["zero_optimization"]["stage"] < 3:
+        notes.append(probe_memory(method, reader, precision, world, config.batch))
+    if config.trainer.compile or (config.trainer.compile is None and world.device.type == "cuda"):
+        method.encoder.compile_regions()
+    engine = Engine(method, config.optimizer, config.deepspeed, precision, world.device)
+    if found is not None:
+        with checkpoint.moment_reader(found) as read:
+            engine.load_optimizer_state(read, {"adam_step": state.adam_step, "loss_scale": state.loss_scale})
+    if world.is_main:
+        _keep_kmeans(corpus.kmeans_dir, config.run_dir / "kmeans")
+    return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, [*corpus.notes, *notes])
+
+
+def _reader(config: RunConfig, split: Split, collator: Collator) -> MicroBatchReader:
+    plan = Plan(
+        split.manifest.lengths,
+        min_seconds=config.crop.min_seconds,
+        max_seconds=config.crop.max_seconds,
+        seconds_per_micro_batch=config.batch.seconds_per_micro_batch,
+        stride_samples=collator.stride_samples,
+        receptive_field_samples=collator.receptive_field_samples,
+        seed=config.seed,
+    )
+    return MicroBatchReader(split.manifest, split.label_sets, plan, collator, config.seed)
+
+
+def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+    """What may not change between two starts of one run; see `checkpoint.check_identity`."""
+    return {name: resolved[name] for name in ("method", "batch", "crop", "seed")} | corpus.identity()
+
+
+def resolve_precision(precision: str, world: World) -> str:
+    """`auto` is bf16 where the hardware multiplies it fast: GPUs, and CPUs with AMX. Raises ConfigError."""
+    on_gpu = world.device.type == "cuda"
+    if precision == "auto":
+        return "bf16" if on_gpu or torch.cpu._is_amx_tile_supported() else "fp32"
+    if precision == "fp16" and not on_gpu:
+        raise ConfigError("precision: fp16 is for GPUs; use bf16 or fp32 on a CPU")
+    return precision
+
+
+def _keep_kmeans(source: Path | None, target: Path) -> None:
+    """The k-means model of the labels stays with the run and goes into its exports."""
+    if source is not None and not target.exists():
+        shutil.copytree(source, target.with_suffix(".tmp"), dirs_exist_ok=True)
+        target.with_suffix(".tmp").rename(target)

@@ -1,0 +1,50 @@
+"""Pre-train: `torchrun pretrain/train.py recipe=<name> [option=value ...]`; `--cfg job` prints the configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The script's own folder would shadow modules of the same name and hide `recipes` from a clean clone.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from contextlib import ExitStack
+
+import hydra
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pretrain.config import CONF_DIR, ConfigError, check_overrides, run_config
+
+USER_ERRORS = ("ConfigError", "AudioError", "ManifestError", "LabelError", "CheckpointError", "InteropError")
+
+
+@hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
+def main(values: DictConfig) -> None:
+    """Compose, check, train; leaves with status 75 when a signal stopped the run after a checkpoint."""
+    from pretrain.setup import build_trainer  # imports deepspeed, which `--cfg job` does without
+
+    recipe = HydraConfig.get().runtime.choices["recipe"]
+    try:
+        config = run_config({**OmegaConf.to_container(values, resolve=True), "recipe": recipe})
+        with ExitStack() as resources:
+            status = build_trainer(config, resources).fit()
+    except Exception as error:
+        if type(error).__name__ not in USER_ERRORS:
+            raise
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
+        try:
+            check_overrides(sys.argv[1:])
+        except ConfigError as wrong:
+            sys.exit(f"error: {wrong}")
+    main()

@@ -1,0 +1,217 @@
+"""Finding and reading the weights behind a path or address, of whatever kind, and starting a method from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from pretrain.checkpoint import COMPLETE, damage, newest_checkpoint
+from pretrain.download import fetch, is_url
+from pretrain.interop.files import read_huggingface, read_json, read_safetensors, read_torch
+from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.method import Method, load_interop, method_names
+
+NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
+# Encoder fields that may differ between a checkpoint and the method it starts: no tensor and no layer hangs on them.
+_FREE_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "encoder_layerdrop",
+    "feature_grad_mult",
+    "normalize",
+    "frame_length_rule",
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder's plain config and tensors, the method's other tensors where the source has them, and its origin.
+
+    `kmeans_dir` holds the k-means model that travelled with the weights, if any.
+    """
+
+    method_name: str
+    origin: str
+    encoder_config: dict[str, Any]
+    encoder_state: dict[str, Tensor]
+    head_state: dict[str, Tensor] = field(default_factory=dict)
+    kmeans_dir: Path | None = None
+
+
+def read_weights(path_or_url: str | Path, method_name: str | None = None, refresh: bool = False) -> Weights:
+    """Read any source of weights.
+
+    `path_or_url` is a native export, a run folder (its newest complete checkpoint, or its export), one checkpoint
+    folder, a Hugging Face directory, a .pt file of fairseq or s3prl, or an http(s) address of a .pt file, a native
+    export or a Hugging Face directory. `method_name` is the method wanted; None takes the one that the source names,
+    which a .pt file does not. Raises InteropError where the source is unreadable, incomplete or of another method.
+    """
+    path = fetch(path_or_url, refresh) if isinstance(path_or_url, str) and is_url(path_or_url) else Path(path_or_url)
+    if path.is_file():
+        weights = _foreign_file(path, method_name)
+    elif not path.is_dir():
+        raise InteropError(f"{path}: no such file or directory; give a run, an export, a Hugging Face folder or a .pt")
+    elif (path / "config.json").is_file():
+        weights = _configured_directory(path, method_name)
+    else:
+        weights = _run_or_checkpoint(path)
+    if method_name is not None and weights.method_name != method_name:
+        raise InteropError(
+            f"{path}: method: a checkpoint of '{weights.method_name}', not of '{method_name}'; "
+            f"name a recipe of {weights.method_name}, or give another checkpoint"
+        )
+    return weights
+
+
+def load_trained(path: str | Path) -> TrainedMethod:
+    """One of our checkpoints, from a run folder (the newest complete one) or a checkpoint folder.
+
+    Raises InteropError for anything else, for a half-written checkpoint, and for one without weights.
+    """
+    path = Path(path)
+    step = _newest(path) or path
+    if (step / "checkpoints").is_dir():
+        raise InteropError(f"{path}: no complete checkpoint under checkpoints/; train on, or give another run")
+    if not (step / COMPLETE).is_file():
+        is_checkpoint = any((step / name).exists() for name in ("model.safetensors", "state.json", "config.yaml"))
+        problem = f"{COMPLETE} is missing, so it was never finished" if is_checkpoint else "not a checkpoint"
+        raise InteropError(f"{step}: {problem}; give a run folder, or a checkpoint folder step_* that is complete")
+    if step == path and (problem := damage(step)):
+        raise InteropError(f"{problem}; give another checkpoint, or the run folder for its newest undamaged one")
+    if missing := [name for name in ("model.safetensors", "config.yaml") if not (step / name).is_file()]:
+        raise InteropError(f"{step}: {', '.join(missing)}: missing, so it holds no weights; give another checkpoint")
+    config = yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]
+    kmeans = step.parent.parent / "kmeans"
+    return TrainedMethod(
+        config["name"], config, read_safetensors(step / "model.safetensors"), kmeans if kmeans.is_dir() else None
+    )
+
+
+def initialise(method: Method, init_from: str, head: str) -> list[str]:
+    """Start `method` from the weights behind `init_from`: weights only, no optimiser state, no counters.
+
+    `head` says what becomes of the tensors outside the encoder: "keep" loads them and wants every shape to agree,
+    "reset" leaves them as they are. Returns sentences that say what was done. Raises InteropError where the
+    architectures differ, naming the first field that does.
+    """
+    weights = read_weights(init_from, method.config.name)
+    ours = method.encoder.to_config()
+    for name, value in ours.items():
+        theirs = weights.encoder_config.get(name)
+        if name not in _FREE_FIELDS and theirs != value:
+            raise InteropError(
+                f"{weights.origin}: method.encoder.{name}: {theirs!r} there, {value!r} in the recipe; choose the "
+                "recipe that the weights were trained with, or set the field to their value"
+            )
+    load_strictly(method.encoder, weights.encoder_state, weights.origin)
+    done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}"]
+    normalize = weights.encoder_config.get("normalize")
+    if normalize != ours.get("normalize"):
+        done.append(f"method.encoder.normalize: {normalize} there, {ours['normalize']} here; the recipe's is used")
+    fresh = {key: value for key, value in method.state_dict().items() if not key.startswith("encoder.")}
+    if head == "reset":
+        return [*done, f"head: {len(fresh)} tensors drawn anew"]
+    differing = [key for key, value in fresh.items() if _shape(weights.head_state, key) != tuple(value.shape)]
+    if differing:
+        key = differing[0]
+        raise InteropError(
+            f"{weights.origin}: {key}: {_shape(weights.head_state, key) or 'absent'} there, {tuple(fresh[key].shape)} "
+            "in the recipe, so the head cannot be kept; set init_head=reset"
+        )
+    method.load_state_dict({key: weights.head_state[key] for key in fresh}, strict=False)
+    return [*done, f"head: {len(fresh)} tensors kept"]
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """`module.load_state_dict`, strict, with an error that names the origin of the tensors."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise InteropError(f"{origin}: {error}; the file is damaged, or its configuration is another model's") from None
+
+
+def interop_of(method_name: str) -> ModuleType:
+    """The method's `interop` module; raises InteropError where it has none."""
+    interop = load_interop(method_name)
+    if interop is None:
+        raise InteropError(f"method.name: {method_name} reads and writes no other project's files; use a native export")
+    return interop
+
+
+def _newest(run: Path) -> Path | None:
+    """The run's newest complete checkpoint; None where it has none, or `run` is no run folder."""
+    return newest_checkpoint(run) if (run / "checkpoints").is_dir() else None
+
+
+def _run_or_checkpoint(path: Path) -> Weights:
+    step = _newest(path)
+    export = path / "export"
+    if step is None and (export / "config.json").is_file():
+        return _native(export, read_json(export / "config.json"))
+    trained = load_trained(step or path)
+    return Weights(
+        trained.method_name,
+        str(path),
+        trained.encoder_config(),
+        trained.encoder_state(),
+        trained.head_state(),
+        trained.kmeans_dir,
+    )
+
+
+def _configured_directory(path: Path, method_name: str | None) -> Weights:
+    config = read_json(path / "config.json")
+    if config.get("format") == NATIVE_FORMAT:
+        return _native(path, config)
+    if "model_type" not in config:
+        raise InteropError(f"{path / 'config.json'}: neither an export of ours nor of Hugging Face; give one of these")
+    return _huggingface(path, config["model_type"], method_name)
+
+
+def _native(path: Path, config: dict[str, Any]) -> Weights:
+    if config.get("version") != NATIVE_VERSION:
+        raise InteropError(
+            f"{path / 'config.json'}: version: {config.get('version')} is not {NATIVE_VERSION}; update this package"
+        )
+    kmeans = path / "kmeans"
+    return Weights(
+        config["method"],
+        str(path),
+        config["encoder"],
+        read_safetensors(path / "encoder.safetensors"),
+        kmeans_dir=kmeans if kmeans.is_dir() else None,
+    )
+
+
+def _huggingface(path: Path, model_type: str, method_name: str | None) -> Weights:
+    candidates = method_names() if method_name is None else [method_name]
+    for name in candidates:
+        interop = load_interop(name)
+        if interop is not None and model_type in getattr(interop, "HF_MODEL_TYPES", ()):
+            return _imported(name, path, interop.from_huggingface(read_huggingface(path)))
+    raise InteropError(f"{path / 'config.json'}: model_type: '{model_type}' is no model of {', '.join(candidates)}")
+
+
+def _foreign_file(path: Path, method_name: str | None) -> Weights:
+    if method_name is None:
+        raise InteropError(f"{path}: a .pt file does not name its method; give the method or recipe as well")
+    try:
+        imported = interop_of(method_name).from_fairseq(read_torch(path))
+    except InteropError as error:
+        raise InteropError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    return _imported(method_name, path, imported)
+
+
+def _imported(method_name: str, path: Path, imported: Imported) -> Weights:
+    return Weights(method_name, str(path), imported.encoder_config, imported.encoder_state, imported.head_state)
+
+
+def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(state[key].shape) if key in state else None

@@ -1,0 +1,265 @@
+"""HuBERT's configuration, masks, heads and loss.
+
+Source: arXiv 2106.07447; `fairseq/models/hubert/hubert.py`, `fairseq/criterions/hubert_criterion.py`.
+Letters: S label sets, N scored frames, C clusters, P projection width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError
+from pretrain.data.collate import frame_labels, stack_waveforms
+from pretrain.losses.masked_prediction import cosine_logits, prediction_loss
+from pretrain.masking import equalise, span_mask
+from pretrain.method import Batch, Counts, Example, LabelInfo, Method, Progress, Ratio, StepOutput
+from pretrain.models.conv_features import frames as count_frames
+from pretrain.models.conv_features import receptive_field_samples, stride_samples, valid_frames
+from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from recipes.hubert.figures import unit_figure
+
+# fairseq's Dictionary puts <s>, <pad>, </s> and <unk> before the clusters: never targets, yet rows of the softmax.
+DICTIONARY_SPECIALS = 4
+
+
+@dataclass
+class HubertConfig:
+    """Published hyper-parameters; `num_classes` (clusters) and `label_rates_hz` have one entry per label set."""
+
+    name: str
+    encoder: SpeechEncoderConfig
+    final_dim: int
+    untie_final_proj: bool
+    num_classes: list[int]
+    label_rates_hz: list[int]
+    mask_prob: float
+    mask_length: int
+    mask_min_spans: int
+    logit_temp: float
+    pred_masked_weight: float
+    pred_nomask_weight: float
+    feature_penalty_weight: float
+
+    def __post_init__(self) -> None:
+        if not self.num_classes or len(self.num_classes) != len(self.label_rates_hz):
+            raise ConfigError("method.num_classes, method.label_rates_hz: state one entry of each per label set")
+
+
+@dataclass(frozen=True)
+class HubertCollator:
+    """Draws the masks and cuts the labels of a batch; see `HubertMethod` for what it puts into `extras`."""
+
+    conv_feature_layers: list[list[int]]
+    frame_length_rule: str
+    label_rates_hz: tuple[int, ...]
+    mask_prob: float
+    mask_length: int
+    mask_min_spans: int
+    scores_unmasked: bool
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return stride_samples(self.conv_feature_layers)
+
+    @property
+    def receptive_field_samples(self) -> int:
+        """Samples that one frame sees."""
+        return receptive_field_samples(self.conv_feature_layers)
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        waveforms, lengths, padded = stack_waveforms(examples)
+        samples = waveforms.shape[1]
+        frames = int(count_frames(samples, self.conv_feature_layers))
+        labels = [self._row_labels(example, frames) for example in examples]
+        frames = min(row.shape[1] for row in labels)
+        valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
+        rngs = [example.rng for example in examples]
+        masks = [self._mask(rng, count, frames) for rng, count in zip(rngs, valid, strict=True)]
+        mask = np.stack(equalise(masks, rngs))
+        return make_batch(
+            waveforms=waveforms,
+            lengths=lengths,
+            padded=padded,
+            rows=torch.tensor([example.row for example in examples]),
+            labels=np.stack([row[:, :frames] for row in labels], axis=1),
+            mask=mask,
+            valid=np.arange(frames) < np.array(valid)[:, None],
+            scores_unmasked=self.scores_unmasked,
+        )
+
+    def _row_labels(self, example: Example, frames: int) -> np.ndarray:
+        """(S, F) labels of one crop, cut to the shortest label set."""
+        rates = zip(example.labels, self.label_rates_hz, strict=True)
+        cut = [frame_labels(line, rate, example.start, self.stride_samples, frames) for line, rate in rates]
+        shortest = min(len(line) for line in cut)
+        return np.stack([line[:shortest] for line in cut])
+
+    def _mask(self, rng: np.random.Generator, valid_frames: int, frames: int) -> np.ndarray:
+        mask = np.zeros(frames, dtype=bool)
+        mask[:valid_frames] = span_mask(rng, valid_frames, self.mask_prob, self.mask_length, self.mask_min_spans)
+        return mask
+
+
+def make_batch(
+    *,
+    waveforms: Tensor,
+    lengths: Tensor,
+    padded: bool,
+    rows: Tensor,
+    labels: np.ndarray,
+    mask: np.ndarray,
+    valid: np.ndarray,
+    scores_unmasked: bool,
+) -> Batch:
+    """Assemble a batch from (S, B, F) labels, (B, F) mask and (B, F) valid.
+
+    Scored frames travel as flat positions b * F + f, so that nothing on the device has to count them.
+    """
+    flat_labels = labels.reshape(len(labels), -1).astype(np.int64)
+    masked, unmasked = np.flatnonzero(mask & valid), np.flatnonzero(~mask & valid)
+    extras = {
+        "mask": mask,
+        "masked_positions": masked,
+        "masked_labels": flat_labels[:, masked],
+        "unmasked_positions": unmasked,
+        "unmasked_labels": flat_labels[:, unmasked],
+    }
+    return Batch(
+        waveforms=waveforms,
+        lengths=lengths,
+        sample_size=len(masked) + (len(unmasked) if scores_unmasked else 0),
+        rows=rows,
+        padded=padded,
+        extras={name: torch.from_numpy(value) for name, value in extras.items()},
+    )
+
+
+class HubertMethod(Method):
+    """Encoder, projection and label embeddings; the loss is cross-entropy over cosine logits at masked frames.
+
+    Reads `batch.extras`: `mask` (B, F) bool, True = hidden; `masked_positions` (N,) and `unmasked_positions` (M,)
+    flat frame positions; `masked_labels` (S, N) and `unmasked_labels` (S, M) cluster ids from 0.
+    """
+
+    Config = HubertConfig
+    config: HubertConfig
+    encoder: SpeechEncoder
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__(config)
+        self.encoder = SpeechEncoder(config.encoder)
+        self.class_counts = [classes + DICTIONARY_SPECIALS for classes in config.num_classes]
+        projections = len(self.class_counts) if config.untie_final_proj else 1
+        self.final_proj = nn.Linear(config.encoder.encoder_embed_dim, config.final_dim * projections)
+        self.label_embs_concat = nn.Parameter(torch.empty(sum(self.class_counts), config.final_dim).uniform_())
+
+    @classmethod
+    def label_classes(cls, config: HubertConfig) -> list[int]:
+        """Clusters per label set."""
+        return config.num_classes
+
+    @classmethod
+    def adapt(cls, config: HubertConfig, labels: list[LabelInfo]) -> HubertConfig:
+        """Take classes and rates from the label sets, so that both iterations run from one recipe."""
+        rates, classes = [info.rate_hz for info in labels], [info.num_classes for info in labels]
+        return replace(config, label_rates_hz=rates, num_classes=classes)
+
+    @classmethod
+    def collator(cls, config: HubertConfig) -> HubertCollator:
+        """The collator of this configuration."""
+        return HubertCollator(
+            conv_feature_layers=config.encoder.conv_feature_layers,
+            frame_length_rule=config.encoder.frame_length_rule,
+            label_rates_hz=tuple(config.label_rates_hz),
+            mask_prob=config.mask_prob,
+            mask_length=config.mask_length,
+            mask_min_spans=config.mask_min_spans,
+            scores_unmasked=config.pred_nomask_weight > 0,
+        )
+
+    def before_step(self, progress: Progress) -> None:
+        """Draw the layers that this update skips."""
+        self.encoder.draw_layerdrop(progress.rng())
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Loss terms in nats: `loss_masked`, `loss_unmasked` per masked frame, as fairseq divides them."""
+        extras = batch.extras
+        lengths = batch.lengths if batch.padded else None
+        features = self.encoder.features(batch.waveforms, lengths, max_frames=extras["mask"].shape[1])
+        hidden = self.encoder.context(features.projected, features.frame_lengths, extras["mask"])[-1].flatten(0, 1)
+        weight = self.config.pred_nomask_weight
+        masked, metrics = self._predict(hidden, extras["masked_positions"], extras["masked_labels"], "masked")
+        with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+            unmasked, more = self._predict(hidden, extras["unmasked_positions"], extras["unmasked_labels"], "unmasked")
+        # The penalty is a mean; times the unit count it survives the trainer's division as a mean.
+        penalty = features.conv.float().square().mean() * batch.sample_size
+        penalty = self.config.feature_penalty_weight * penalty
+        loss = self.config.pred_masked_weight * masked + weight * unmasked + penalty
+        scored = extras["masked_positions"].numel()
+        metrics |= more
+        metrics["loss"] = Ratio(loss.detach(), batch.sample_size)
+        metrics["loss_masked"] = Ratio(masked.detach(), scored)
+        metrics["loss_unmasked"] = Ratio(unmasked.detach(), scored)
+        metrics["loss_features"] = Ratio(penalty.detach(), batch.sample_size)
+        return StepOutput(loss, metrics)
+
+    def logits(self, hidden: Tensor) -> list[Tensor]:
+        """(N, D) frames to one (N, C_s + 4) logit table per label set."""
+        projected = self.final_proj(hidden)
+        count = len(self.class_counts)
+        parts = projected.chunk(count, dim=-1) if self.config.untie_final_proj else [projected] * count
+        codebooks = self.label_embs_concat.split(self.class_counts)
+        pairs = zip(parts, codebooks, strict=True)
+        return [cosine_logits(part, codebook, self.config.logit_temp) for part, codebook in pairs]
+
+    def _predict(
+        self, hidden: Tensor, positions: Tensor, labels: Tensor, kind: str
+    ) -> tuple[Tensor, dict[str, Ratio | Counts]]:
+        """Summed loss over all label sets at `positions`, and what to report of it."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Ratio | Counts] = {}
+        for index, logits in enumerate(self.logits(hidden.index_select(0, positions))):
+            loss, correct = prediction_loss(logits, labels[index] + DICTIONARY_SPECIALS)
+            total = total + loss
+            suffix = f"_{index}" if len(self.class_counts) > 1 else ""
+            metrics[f"accuracy_{kind}{suffix}"] = Ratio(correct.float(), positions.numel())
+            if kind == "masked":
+                metrics[f"labels{suffix}"] = Counts(_histogram(labels[index] + DICTIONARY_SPECIALS, logits.shape[1]))
+                metrics[f"predictions{suffix}"] = Counts(_histogram(logits.detach().argmax(-1), logits.shape[1]))
+        return total, metrics
+
+    def training_flops(self, samples: int) -> float:
+        """Encoder plus heads at the masked half of the frames; reference sheet `field.md`, part b."""
+        stride = stride_samples(self.config.encoder.conv_feature_layers)
+        scored = self.config.mask_prob * samples / stride
+        width = self.config.encoder.encoder_embed_dim
+        heads = 2 * scored * self.final_proj.out_features * width
+        heads += 2 * scored * self.config.final_dim * sum(self.class_counts)
+        return self.encoder.training_flops(samples) + 3 * heads
+
+    def figures(self, batch: Batch) -> dict[str, Any]:
+        """The first utterance's masked spectrogram over its target and predicted units."""
+        mask = batch.extras["mask"]
+        lengths = batch.lengths if batch.padded else None
+        features = self.encoder.features(batch.waveforms, lengths, max_frames=mask.shape[1])
+        hidden = self.encoder.context(features.projected, features.frame_lengths, mask)[-1]
+        units = self.logits(hidden[0])[0].argmax(dim=-1).cpu() - DICTIONARY_SPECIALS
+        targets = torch.full((mask.shape[1],), -1)
+        for kind in ("masked", "unmasked"):
+            positions = batch.extras[f"{kind}_positions"].cpu()
+            first_row = positions < mask.shape[1]
+            targets[positions[first_row]] = batch.extras[f"{kind}_labels"][0].cpu()[first_row]
+        waveform = batch.waveforms[0, : int(batch.lengths[0])].cpu().float()
+        return {"units": unit_figure(waveform, mask[0].cpu(), targets, units)}
+
+
+def _histogram(values: Tensor, size: int) -> Tensor:
+    """Counts of (N,) class ids, (size,) float32, without asking the device for its maximum as bincount does."""
+    counts = torch.zeros(size, device=values.device)
+    return counts.index_add_(0, values, torch.ones_like(values, dtype=counts.dtype))

@@ -1,0 +1,285 @@
+"""Probes: frame labels in closed form, the classifier against scikit-learn, the report, and the tool end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from pretrain.config import SAMPLE_DIR, ConfigError
+from pretrain.data.manifest import write_manifest
+from pretrain.export import write_native
+from pretrain.kmeans.quality import AlignmentError
+from pretrain.probe.alignments import UNLABELLED, frame_centres, match_utterance, read_phones, read_utterance_labels
+from pretrain.probe.classify import fit_and_predict
+from pretrain.probe.collect import BASELINES, PhoneTask, baseline_features, baseline_source, collect, open_split
+from pretrain.probe.options import DataOptions, ProbeOptions, data_dir, output_dir
+from pretrain.probe.report import Report, Score, write_report
+from pretrain.probe.run import run_probe
+from pretrain.probe.units import fitted_unit_score, unit_score
+from tests.small_hubert import small_method
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = "utt\tstart_s\tend_s\tphone\n"
+
+
+def test_frames_take_the_phone_at_their_middle(tmp_path: Path) -> None:
+    path = tmp_path / "phones.tsv"
+    path.write_text(HEADER + "u\t0.00\t0.02\tSIL\nu\t0.02\t0.10\ta\nu\t0.12\t0.20\tb\n")
+    phones = read_phones(str(path))
+    # 20 ms hop, 25 ms window: middles at 12.5, 32.5, ... ms; 0.10 to 0.12 s is covered by nothing.
+    centres = frame_centres(11, 320, 400)
+    assert centres[:2].tolist() == [200, 520]
+    names = [None if i == UNLABELLED else phones.names[i] for i in phones.utterances["u"].at(centres)]
+    assert names == ["SIL", "a", "a", "a", "a", None, "b", "b", "b", "b", None]
+    # The border belongs to the phone that begins there: middle of the frame of 10 ms at 0.015 s + 0.005 s.
+    assert phones.utterances["u"].at(np.array([319, 320])).tolist() == [phones.names.index("SIL"), 1]
+
+
+@pytest.mark.parametrize(("rate", "frames"), [(160, 20), (16000, 1)])
+def test_frames_of_other_rates_are_labelled_by_their_own_middle(tmp_path: Path, rate: int, frames: int) -> None:
+    path = tmp_path / "phones.tsv"
+    path.write_text(HEADER + "u\t0\t0.105\ta\nu\t0.105\t1\tb\n")
+    phones = read_phones(str(path))
+    labels = phones.utterances["u"].at(frame_centres(frames, rate, rate))
+    assert labels.tolist() == [0 if (i + 0.5) * rate / 16000 < 0.105 else 1 for i in range(frames)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + "u\t0\t0.5\ta\nu\t0.4\t1\tb\n", "overlap"),
+        (HEADER + "u\t0\tlong\ta\n", "line 2"),
+        ("u\t0\t1\ta\n", "line 1"),
+    ],
+)
+def test_bad_alignments_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "phones.tsv"
+    path.write_text(text)
+    with pytest.raises(AlignmentError, match=message):
+        read_phones(str(path))
+    with pytest.raises(AlignmentError, match="no such file"):
+        read_phones(str(tmp_path / "absent.tsv"))
+
+
+def test_utterance_labels_and_matching(tmp_path: Path) -> None:
+    path = tmp_path / "utterances.tsv"
+    path.write_text("utt\tspeaker\na/u1\tx\nu2\ty\n")
+    labels = read_utterance_labels(str(path), "speaker")
+    assert [match_utterance(name, labels) for name in ("a/u1", "deep/down/u2", "u1")] == ["a/u1", "u2", None]
+    with pytest.raises(AlignmentError, match="no column language"):
+        read_utterance_labels(str(path), "language")
+
+
+def _frames(seed: int, rows: int = 12000, width: int = 24, classes: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping Gaussian classes with very unequal, correlated feature scales."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(99).normal(size=(classes, width))
+    labels = rng.integers(classes, size=rows)
+    features = means[labels] + 2.5 * rng.normal(size=(rows, width))
+    features = features @ np.random.default_rng(98).normal(size=(width, width)) * np.geomspace(0.01, 100, width) + 5
+    return features.astype(np.float16), labels
+
+
+def test_the_classifier_is_as_good_as_scikit_learns() -> None:
+    features, labels = _frames(0)
+    scored, truth = _frames(1)
+    ours = fit_and_predict([features], labels, np.arange(len(labels)) // 50, [scored], 8, seed=0)
+    scaler = StandardScaler().fit(features.astype(np.float32))
+    theirs = LogisticRegression(max_iter=1000).fit(scaler.transform(features.astype(np.float32)), labels)
+    expected = theirs.predict(scaler.transform(scored.astype(np.float32)))
+    accuracy, reference = (ours.predictions == truth).mean(), (expected == truth).mean()
+    assert 0.5 < reference < 0.95
+    assert abs(accuracy - reference) < 0.005
+    assert ours.layer_weights == [1.0]
+
+
+def test_the_weighted_sum_finds_the_layer_that_knows() -> None:
+    features, labels = _frames(0, rows=4000)
+    scored, truth = _frames(1, rows=4000)
+    rng = np.random.default_rng(5)
+    noise, scored_noise = (rng.normal(size=features.shape).astype(np.float16) for _ in range(2))
+    groups = np.arange(len(labels)) // 50
+    mixed = fit_and_predict(
+        [noise, features, noise[::-1].copy()], labels, groups, [scored_noise, scored, scored_noise], 8, 0
+    )
+    alone = fit_and_predict([features], labels, groups, [scored], 8, 0)
+    assert mixed.layer_weights[1] > 0.8
+    assert sum(mixed.layer_weights) == pytest.approx(1, abs=1e-5)
+    assert (mixed.predictions == truth).mean() > (alone.predictions == truth).mean() - 0.02
+
+
+def test_separable_classes_are_all_right_and_noise_is_at_chance() -> None:
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(4, size=2000), rng.integers(4, size=2000)
+    groups = np.arange(2000) // 20
+    known = [np.eye(4, 6)[ids].astype(np.float16) for ids in (labels, truth)]
+    assert (fit_and_predict([known[0]], labels, groups, [known[1]], 4, 0).predictions == truth).all()
+    noise = [rng.normal(size=(2000, 6)).astype(np.float16) for _ in range(2)]
+    assert (fit_and_predict([noise[0]], labels, groups, [noise[1]], 4, 0).predictions == truth).mean() < 0.32
+
+
+def test_units_that_are_phones_and_units_that_are_nothing() -> None:
+    phones = np.arange(3000) % 3
+    perfect = unit_score("same", phones, phones, 3, {0}, 50)
+    assert (perfect.phone_purity, perfect.cluster_purity) == (1, 1)
+    assert perfect.pnmi == pytest.approx(1, abs=1e-5)
+    assert unit_score("none", np.zeros(3000, int), phones, 3, {0}, 50).speech_pnmi == pytest.approx(0, abs=1e-5)
+
+
+def _corpus(folder: Path, utterances: int = 12) -> None:
+    """Two speakers whose tones of 300 and 2500 Hz are the phones; a quarter of each file is silence."""
+    rng, phones, speakers = np.random.default_rng(0), [HEADER], ["utt\tspeaker\n"]
+    rows: dict[str, list[tuple[str, int]]] = {"train": [], "valid": []}
+    for i in range(utterances):
+        loudness, wave = (0.05, 0.6)[i % 2], []
+        for k, phone in enumerate(rng.permutation(["SIL", "lo", "hi", "lo"])):
+            hertz = {"SIL": 0, "lo": 300, "hi": 2500}[phone]
+            wave.append(np.sin(2 * np.pi * hertz * np.arange(4000) / 16000))
+            phones.append(f"u{i}\t{k / 4}\t{(k + 1) / 4}\t{phone}\n")
+        signal = loudness * np.concatenate(wave) + 1e-3 * rng.normal(size=16000)
+        soundfile.write(folder / f"u{i}.flac", signal, 16000)
+        speakers.append(f"u{i}\ts{i % 2}\n")
+        rows["train" if i < utterances * 2 // 3 else "valid"].append((f"u{i}.flac", 16000))
+    for split, listed in rows.items():
+        write_manifest(folder / f"{split}.tsv", folder, listed)
+    (folder / "phones.tsv").write_text("".join(phones))
+    (folder / "utterances.tsv").write_text("".join(speakers))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    _corpus(folder)
+    write_native("hubert", small_method().encoder, folder / "export")
+    return folder
+
+
+def _options(corpus: Path, **changes: object) -> ProbeOptions:
+    values = {"upstream": str(corpus / "export"), "alignments": str(corpus / "phones.tsv"), "device": "cpu"}
+    return ProbeOptions(**{**values, "data": DataOptions(str(corpus)), **changes})
+
+
+def test_collect_keeps_frame_counts_labels_and_the_limit(corpus: Path) -> None:
+    phones = read_phones(str(corpus / "phones.tsv"))
+    split = open_split(corpus / "train.tsv", phones.utterances)
+    layers = collect(baseline_source(3), split, PhoneTask(phones, frozenset(), 1.0, 0), "test")
+    assert [layer.features.shape for layer in layers] == [(8 * 49, width) for width in (39, 80, 880)]
+    # No SIL: 49 frames of which those with middles inside one quarter of the file go.
+    silent = frozenset(phones.ids("SIL"))
+    speech = collect(baseline_source(1), split, PhoneTask(phones, silent, 1.0, 0), "test")[0]
+    assert not np.isin(speech.labels, list(silent)).any()
+    assert len(speech.labels) == (layers[0].labels != next(iter(silent))).sum()
+    half = collect(baseline_source(1), split, PhoneTask(phones, frozenset(), 0.5, 0), "test")[0]
+    assert 0.35 < len(half.labels) / len(layers[0].labels) < 0.65
+    assert open_split(corpus / "train.tsv", phones.utterances, max_hours=3 / 3600).hours == pytest.approx(3 / 3600)
+
+
+def test_context_is_five_frames_of_ten_milliseconds() -> None:
+    _, mel, context = baseline_features(torch.randn(16000))
+    assert context.shape == (49, 880)
+    torch.testing.assert_close(context[:, 400:480], mel)
+    # Six frames of 10 ms are three of 20 ms, so the last context frame but one of frame 1 is frame 3's own.
+    torch.testing.assert_close(context[1:-2, 720:800], mel[3:])
+
+
+def test_phones_that_are_tones_are_recognised(corpus: Path) -> None:
+    report = run_probe(_options(corpus, units_layer=3, clusters=6))
+    scores = {(score.kind, score.name): score for score in report.scores}
+    assert set(scores) == {("baseline", name) for name in BASELINES} | {
+        (kind, name)
+        for kind in ("untrained", "upstream")
+        for name in ("layer 0", "layer 1", "layer 2", "layer 3", "weighted sum")
+    }
+    mel = scores["baseline", "log-mel 80"]
+    assert mel.accuracy > 0.9 > 0.6 > mel.majority
+    assert len(scores["upstream", "weighted sum"].layer_weights) == 4
+    assert [unit.name for unit in report.units] == [
+        "k-means fitted on MFCC-39",
+        "k-means fitted on untrained, layer 3",
+        "k-means fitted on upstream, layer 3",
+    ]
+    assert report.units[0].pnmi > 0.4
+    again = run_probe(_options(corpus, layers="1"))
+    assert [s for s in again.scores if s.name == "layer 1"] == [s for s in report.scores if s.name == "layer 1"]
+
+
+def test_speakers_that_differ_in_loudness_are_told_apart(corpus: Path) -> None:
+    options = _options(corpus, task="utterance", labels=str(corpus / "utterances.tsv"))
+    report = run_probe(options)
+    scores = {score.name: score for score in report.scores if score.kind == "baseline"}
+    assert scores["log-mel 80"].accuracy == 1.0
+    assert (scores["log-mel 80"].trained, scores["log-mel 80"].scored) == (8, 4)
+    assert "accuracy, speech" not in report.markdown()
+    assert output_dir(options) == corpus / "probe_speaker"
+
+
+def test_the_report_is_written_whole(tmp_path: Path) -> None:
+    score = Score("upstream", "layer 0", 4, 0.75, 0.5, 0.4, 100, 50, 9)
+    report = Report("net", "phone", ["a", "b"], 1.0, 0.5, {}, [score])
+    paths = write_report(report, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
+    assert json.loads(paths[0].read_text())["scores"][0]["accuracy"] == 0.75
+    assert "| **0.750**" in paths[1].read_text()
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_options_say_what_to_do(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="task: 'phones'"):
+        _options(corpus, task="phones")
+    with pytest.raises(ConfigError, match="numbers of 0 to 3"):
+        run_probe(_options(corpus, layers="4"))
+    with pytest.raises(ConfigError, match="units_layer"):
+        run_probe(_options(corpus, layers="1", units_layer=2))
+    with pytest.raises(ConfigError, match="does not tell its data"):
+        data_dir(ProbeOptions(upstream=str(tmp_path)))
+    with pytest.raises(ConfigError, match="alignments: missing"):
+        run_probe(_options(corpus, alignments=""))
+    (tmp_path / "phones.tsv").write_text(HEADER + "other\t0\t1\ta\n")
+    with pytest.raises(ValueError, match="no utterance has a label"):
+        run_probe(_options(corpus, alignments=str(tmp_path / "phones.tsv")))
+    layer = collect(baseline_source(1), *_speech(corpus), "test")[0]
+    with pytest.raises(ValueError, match="take fewer"):
+        fitted_unit_score("x", layer, layer, 100_000, set(), 50, 0)
+
+
+def _speech(corpus: Path) -> tuple:
+    phones = read_phones(str(corpus / "phones.tsv"))
+    return open_split(corpus / "valid.tsv", phones.utterances), PhoneTask(phones, frozenset(), 1.0, 0)
+
+
+def test_the_data_of_a_run_is_found_through_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000010"
+    step.mkdir(parents=True)
+    (step / "config.yaml").write_text(f"data: {{dir: {corpus}}}\n")
+    for upstream in (tmp_path / "run", step, tmp_path / "run" / "export"):
+        upstream.mkdir(exist_ok=True)
+        options = ProbeOptions(upstream=str(upstream))
+        assert data_dir(options) == corpus
+        assert output_dir(options) == tmp_path / "run" / "probe"
+
+
+def test_the_tool_probes_a_few_utterances_of_the_sample(corpus: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "tools" / "probe.py"), f"upstream={corpus / 'export'}", "data.dir=sample"),
+        *("layers=0,3", "max_train_hours=0.01", f"output={tmp_path}", "device=cpu", "baselines=false"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| upstream, weighted sum |" in done.stdout
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found["task"] == "phone"
+    assert 0.005 < found["train_hours"] <= 0.01
+    assert (tmp_path / "probe.png").stat().st_size > 5000
+    wrong = subprocess.run([*command, "alignmnts=x"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "did you mean alignments" in wrong.stderr
+    assert (SAMPLE_DIR / "phones.tsv").is_file()

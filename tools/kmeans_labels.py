@@ -1,0 +1,58 @@
+"""Label every frame of a corpus with the nearest of K centroids; alone or under torchrun.
+
+torchrun --nproc_per_node 2 tools/kmeans_labels.py features=mfcc clusters=100 data.dir=data/speech output=labels/iter1
+python tools/kmeans_labels.py features=upstream checkpoint=outputs/iter1 layer=6 clusters=500 data.dir=data/speech \\
+    output=labels/iter2
+
+`features` is mfcc, logmel or upstream; `checkpoint` a run, an export, a Hugging Face folder or a .pt file (then
+`upstream` names its method); `layer` counts hidden states, 0 being the Transformer's input. `backend` is faiss or
+sklearn. `kmeans` takes the centroids of another label directory. `alignments` (a table of utt, start_s, end_s, phone)
+adds purity and PNMI to report.json.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.config import ConfigError, parse_cli
+from pretrain.data.labels import LabelError
+from pretrain.data.manifest import ManifestError
+from pretrain.interop.types import InteropError
+from pretrain.kmeans.features import FeatureError
+from pretrain.kmeans.fit import FitError
+from pretrain.kmeans.generate import LabelOptions, describe, generate_labels
+from pretrain.kmeans.model import KMeansError
+from pretrain.kmeans.quality import AlignmentError
+from pretrain.kmeans.stream import StreamError
+
+USER_ERRORS = (
+    AlignmentError,
+    ConfigError,
+    FeatureError,
+    FitError,
+    InteropError,
+    KMeansError,
+    LabelError,
+    ManifestError,
+    StreamError,
+)
+
+
+def main() -> None:
+    """Parse, label, print the report's gist on the first rank."""
+    options = parse_cli(LabelOptions, sys.argv[1:], __doc__)
+    try:
+        report = generate_labels(options)
+    except USER_ERRORS as error:
+        raise SystemExit(f"kmeans_labels.py: {error}") from None
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(report))
+        print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Probe an upstream: linear classification of phones or utterances on each layer, beside baselines; unit quality.
+
+python tools/probe.py upstream=outputs/iter2 task=phone alignments=phones.tsv
+python tools/probe.py upstream=outputs/iter2 task=utterance labels=utterances.tsv column=speaker
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.config import ConfigError, parse_cli
+from pretrain.data.audio import AudioError
+from pretrain.data.manifest import ManifestError
+from pretrain.kmeans.model import KMeansError
+from pretrain.kmeans.quality import AlignmentError
+from pretrain.probe.options import ProbeOptions, output_dir
+from pretrain.probe.report import write_report
+from pretrain.probe.run import run_probe
+
+
+def main() -> None:
+    options = parse_cli(ProbeOptions, sys.argv[1:], __doc__)
+    try:
+        output = output_dir(options)
+        report = run_probe(options)
+    except (ConfigError, AlignmentError, KMeansError, ManifestError, AudioError, ValueError) as error:
+        raise SystemExit(f"probe.py: {error}") from None
+    paths = write_report(report, output)
+    print(report.markdown())
+    print(*(f"wrote {path}" for path in paths), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
