@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pretrain.config import save_yaml
 from pretrain.distributed import World, all_agree, from_main
+from pretrain.errors import UserError
 
 if TYPE_CHECKING:  # readers of checkpoints need no deepspeed
     from pretrain.engine import Engine
@@ -36,7 +37,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8})")
 COMPLETE = "complete.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A run folder that cannot be resumed or written; the message says what to do."""
 
 

@@ -12,6 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from pretrain.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = ROOT / "conf"
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
@@ -20,7 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run; the message names the field and the fix."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pretrain.errors import UserError
+
 EARLY_UPDATES = 2000
 TOO_GOOD_ACCURACY = 0.995
 COLLAPSED_PERPLEXITY = 1.5
@@ -17,7 +19,7 @@ COLLAPSED_VARIANCE = 1e-4
 HOPELESS_INTERVALS = 3
 
 
-class HopelessRun(RuntimeError):
+class HopelessRun(UserError):
     """Training cannot recover; the message says what was seen and what to look at."""
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import UserError
+
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 ENTRY_POINTS = "headwater.methods"
 
@@ -213,7 +215,7 @@ def method_names() -> list[str]:
 def load_method(name: str) -> ModuleType:
     """Import the package of one method; it has the attributes `Method` and `Encoder`.
 
-    Raises ValueError, with the nearest names, for a name that is neither a folder under recipes/ nor an installed
+    Raises UserError, with the nearest names, for a name that is neither a folder under recipes/ nor an installed
     entry point of the group `headwater.methods`.
     """
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) and (RECIPES_DIR / name / "__init__.py").is_file():
@@ -222,7 +224,7 @@ def load_method(name: str) -> ModuleType:
         return entry.load()
     near = get_close_matches(name, method_names(), n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(method_names())}"
-    raise ValueError(f"method.name: unknown method '{name}'; {hint}")
+    raise UserError(f"method.name: unknown method '{name}'; {hint}")
 
 
 def load_interop(name: str) -> ModuleType | None:

@@ -17,8 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from pretrain.config import CONF_DIR, ConfigError, check_overrides, run_config
-
-USER_ERRORS = ("ConfigError", "AudioError", "ManifestError", "LabelError", "CheckpointError", "InteropError")
+from pretrain.errors import UserError
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
@@ -31,9 +30,7 @@ def main(values: DictConfig) -> None:
         config = run_config({**OmegaConf.to_container(values, resolve=True), "recipe": recipe})
         with ExitStack() as resources:
             status = build_trainer(config, resources).fit()
-    except Exception as error:
-        if type(error).__name__ not in USER_ERRORS:
-            raise
+    except UserError as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

@@ -24,6 +24,7 @@ from pretrain.export import ExportConfig, export
 from pretrain.health import HealthMonitor, HopelessRun
 from pretrain.method import Batch, Progress
 from pretrain.metrics import Accumulator, Reporter, Throughput, short
+from pretrain.profiling import UpdateProfiler
 from pretrain.schedule import Schedule
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command goes on
@@ -74,8 +75,11 @@ class Trainer:
                 self.reporter = Reporter(self.config.run_dir, total, done, self.state.update)
                 stack.callback(self.reporter.close)
             self._say(*self._opening())
-            status = self._loop()
-            if status == 0 and self.world.is_main:
+            profiler = None
+            if self.config.trainer.profile:
+                profiler = stack.enter_context(UpdateProfiler(self.config.run_dir, self.world.rank, self.world.device))
+            status = self._loop(profiler)
+            if self.state.update >= self.last_update and self.world.is_main:
                 self._export()
             self._say(*self._closing(status))
         return status
@@ -86,22 +90,25 @@ class Trainer:
         export(ExportConfig(checkpoint=str(run_dir), output=str(run_dir / "export")))
         self._say(f"exported to {run_dir / 'export'}")
 
-    def _loop(self) -> int:
+    def _loop(self, profiler: UpdateProfiler | None) -> int:
         micro_batches = self.config.batch.micro_batches_per_step
         order = rank_share(self.reader.plan, self.state.step, micro_batches, self.world.rank, self.world.size)
         incoming = batches(self.reader, order, self.config.data.workers, self.world.device.type == "cuda")
         upcoming = [next(incoming) for _ in range(self.accumulation)] if self.state.update < self.last_update else []
         self.throughput.restart()
         while self.state.update < self.last_update:
+            before = self.state.update
             upcoming, stop, save = self._step(upcoming, incoming)
+            if profiler is not None and profiler.update_done():
+                self._say(f"profile of {self.state.update} updates in {profiler.folder}")
+                return 0
             update, trainer = self.state.update, self.config.trainer
-            applied = self.state.failed_steps == 0
-            done = update >= self.last_update
-            if applied and (update % trainer.log_every == 0 or done):
+            done, advanced = update >= self.last_update, update > before
+            if advanced and (update % trainer.log_every == 0 or done):
                 self._log()
-            if applied and self.valid_reader and (update % trainer.validate_every == 0 or done):
+            if advanced and self.valid_reader and (update % trainer.validate_every == 0 or done):
                 self._validate()
-            if stop or save or done or (applied and update % trainer.save_every == 0):
+            if stop or save or done or (advanced and update % trainer.save_every == 0):
                 self._save()
             if stop and not done:
                 return EXIT_STOPPED
@@ -115,6 +122,8 @@ class Trainer:
         units, flags = self._agree(current)
         upcoming: list[Batch] = []
         for index, batch in enumerate(current):
+            if self._interrupted():
+                return [], True, True
             self._seed_network(index * world.size + world.rank)
             output = engine.forward(batch.to(world.device))
             engine.backward(output.loss * (world.size / units.clamp(min=1)), last=index == self.accumulation - 1)
@@ -148,6 +157,18 @@ class Trainer:
         shared = torch.tensor(numbers, dtype=torch.float64).to(self.world.device, non_blocking=True)
         dist.all_reduce(shared)
         return shared[0].float(), shared[1:]
+
+    def _interrupted(self) -> bool:
+        """Whether to leave in the middle of an update; its micro-batches come again after the restart.
+
+        Only on CPUs, where a micro-batch can take a minute and asking all ranks costs nothing beside it; GPUs finish
+        the update, so that the host need not wait for the device.
+        """
+        if self.world.device.type != "cpu":
+            return False
+        wish = torch.tensor(float(self._stop))
+        dist.all_reduce(wish)
+        return bool(wish)
 
     def _seed_network(self, micro_batch: int) -> None:
         """Dropout and its like follow from (seed, step, micro-batch), whatever the rank."""
@@ -202,7 +223,8 @@ class Trainer:
             self.reporter.scalars(values, self.state.update, "train")
             for name, counts in histograms.items():
                 self.reporter.histogram(f"train/{name}", counts, self.state.update)
-            shown = ["loss", "accuracy_masked", "speed/audio_hours_per_hour", "speed/share_of_peak", "memory/peak_gb"]
+            accuracy = next((name for name in sorted(values) if name.startswith("accuracy")), "")
+            shown = ["loss", accuracy, "speed/audio_hours_per_hour", "speed/share_of_peak", "memory/peak_gb"]
             self.reporter.bar.set_postfix(update=self.state.update, **short(values, shown))
 
     @torch.no_grad()

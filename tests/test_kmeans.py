@@ -14,7 +14,7 @@ import torch
 from audio_maker import babble, write_corpus
 from sklearn.cluster import KMeans
 from small_hubert import KINDS, small_method, write_checkpoint
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import HubertConfig, HubertModel
 
 from pretrain.data.audio import read_audio
@@ -144,8 +144,9 @@ def test_sampled_points_are_frames_and_do_not_depend_on_the_company() -> None:
     extractor = make_extractor(FeatureSpec("mfcc"))
     rows = [(row, waveform(48000, row)) for row in range(20)]
     device = torch.device("cpu")
-    together = sample_points(extractor, rows, 0.3, 0, device)
-    apart = [sample_points(extractor, part, 0.3, 0, device) for part in (rows[:7], rows[7:])]
+    together, features = sample_points(extractor, rows, 0.3, 0, device)
+    apart = [sample_points(extractor, part, 0.3, 0, device)[0] for part in (rows[:7], rows[7:])]
+    assert features == {}
     assert torch.equal(together, torch.cat(apart))
     frames = torch.cat([mfcc39(audio) for _, audio in rows])
     assert abs(len(together) - 0.3 * len(frames)) < 20
@@ -354,6 +355,23 @@ def test_too_many_unreadable_files_end_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "labels").exists()
 
 
+def test_features_that_the_fit_kept_whole_are_not_computed_again(
+    corpus: Path, mfcc_labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mfcc_labels` keeps every frame for the fit; here few are, so that all of train is read once more."""
+    read: list[str] = []
+    monkeypatch.setattr("pretrain.kmeans.stream.read_audio", lambda path, *a: read.append(path) or read_audio(path, *a))
+    data = LabelData(str(corpus))
+    generate_labels(LabelOptions(str(tmp_path / "whole"), data, clusters=CLUSTERS))
+    assert len(read) == len(set(read)) == 16
+    for name in LABEL_FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (mfcc_labels / name).read_bytes()
+    read.clear()
+    report = generate_labels(LabelOptions(str(tmp_path / "part"), data, clusters=CLUSTERS, max_points_per_cluster=20))
+    assert len(read) == 12 + 16
+    assert abs(report["fit"]["points"] - 240) < 12
+
+
 def test_ensure_makes_labels_once_and_again_for_another_manifest(tmp_path: Path) -> None:
     broken_corpus(tmp_path, files=6, broken=0)
     output = ensure_mfcc_labels(tmp_path, tmp_path / "labels", clusters=4)
@@ -363,6 +381,18 @@ def test_ensure_makes_labels_once_and_again_for_another_manifest(tmp_path: Path)
     write_manifest(tmp_path / "train.tsv", tmp_path / "audio", [(f"{i}.wav", 8000) for i in range(4)])
     ensure_mfcc_labels(tmp_path, output, clusters=4)
     assert len(LabelSet.open(output, "train", Manifest.read(tmp_path / "train.tsv"))) == 4
+
+
+def test_labels_are_made_inside_a_process_group_that_stays(tmp_path: Path) -> None:
+    """As the trainer calls it, with torch.distributed initialised."""
+    broken_corpus(tmp_path, files=4, broken=0)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ensure_mfcc_labels(tmp_path, tmp_path / "labels", clusters=4)
+        assert distributed.is_initialized()
+        assert len(LabelSet.open(tmp_path / "labels", "train", Manifest.read(tmp_path / "train.tsv"))) == 4
+    finally:
+        distributed.destroy_process_group()
 
 
 def mboshi_manifests(source: Path, folder: Path) -> Path:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
+from pretrain.errors import UserError
 from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError
 
 
 def main() -> None:
     """Parse, export, say where."""
     try:
         print(export(parse_cli(ExportConfig, sys.argv[1:], __doc__)))
-    except InteropError as error:
+    except UserError as error:
         raise SystemExit(str(error)) from None
 
 

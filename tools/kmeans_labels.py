@@ -18,28 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import ConfigError, parse_cli
-from pretrain.data.labels import LabelError
-from pretrain.data.manifest import ManifestError
-from pretrain.interop.types import InteropError
-from pretrain.kmeans.features import FeatureError
-from pretrain.kmeans.fit import FitError
+from pretrain.config import parse_cli
+from pretrain.errors import UserError
 from pretrain.kmeans.generate import LabelOptions, describe, generate_labels
-from pretrain.kmeans.model import KMeansError
-from pretrain.kmeans.quality import AlignmentError
-from pretrain.kmeans.stream import StreamError
-
-USER_ERRORS = (
-    AlignmentError,
-    ConfigError,
-    FeatureError,
-    FitError,
-    InteropError,
-    KMeansError,
-    LabelError,
-    ManifestError,
-    StreamError,
-)
 
 
 def main() -> None:
@@ -47,7 +28,7 @@ def main() -> None:
     options = parse_cli(LabelOptions, sys.argv[1:], __doc__)
     try:
         report = generate_labels(options)
-    except USER_ERRORS as error:
+    except UserError as error:
         raise SystemExit(f"kmeans_labels.py: {error}") from None
     if os.environ.get("RANK", "0") == "0":
         print(describe(report))

@@ -28,8 +28,8 @@ import torchaudio
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pretrain.data.audio import SAMPLE_RATE  # noqa: E402
-from pretrain.data.manifest import write_manifest  # noqa: E402
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.manifest import write_manifest
 
 SAMPLE_DIR = ROOT / "pretrain" / "data" / "sample"
 SEED = 20

@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
-from pretrain.data.manifest import Manifest, ManifestError
-from pretrain.data.pack import PackError, pack
+from pretrain.data.manifest import Manifest
+from pretrain.data.pack import pack
+from pretrain.errors import UserError
 
 
 @dataclass
@@ -32,7 +33,7 @@ def main() -> None:
     options = parse_cli(PackOptions, sys.argv[1:], __doc__)
     try:
         archives = pack(Manifest.read(options.manifest), options.output, int(options.archive_mb * 1e6))
-    except (PackError, ManifestError) as error:
+    except UserError as error:
         sys.exit(str(error))
     print(f"{archives} archive(s) and {options.output}.tsv written")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
-from pretrain.data.manifest import ManifestError
-from pretrain.data.scan import PrepareOptions, ScanError, describe, prepare
+from pretrain.data.scan import PrepareOptions, describe, prepare
+from pretrain.errors import UserError
 
 
 def main() -> None:
     options = parse_cli(PrepareOptions, sys.argv[1:], __doc__)
     try:
         report = prepare(options)
-    except (ScanError, ManifestError) as error:
+    except UserError as error:
         sys.exit(str(error))
     print(describe(report))
     print(f"written to {options.output}")

@@ -11,11 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import ConfigError, parse_cli
-from pretrain.data.audio import AudioError
-from pretrain.data.manifest import ManifestError
-from pretrain.kmeans.model import KMeansError
-from pretrain.kmeans.quality import AlignmentError
+from pretrain.config import parse_cli
+from pretrain.errors import UserError
 from pretrain.probe.options import ProbeOptions, output_dir
 from pretrain.probe.report import write_report
 from pretrain.probe.run import run_probe
@@ -26,7 +23,7 @@ def main() -> None:
     try:
         output = output_dir(options)
         report = run_probe(options)
-    except (ConfigError, AlignmentError, KMeansError, ManifestError, AudioError, ValueError) as error:
+    except UserError as error:
         raise SystemExit(f"probe.py: {error}") from None
     paths = write_report(report, output)
     print(report.markdown())

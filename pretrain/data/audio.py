@@ -17,6 +17,7 @@ import torch
 from torchaudio.transforms import Resample
 
 from pretrain.data.archive import open_range, parse_range
+from pretrain.errors import UserError
 
 SAMPLE_RATE = 16000
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".sph", ".caf")
@@ -29,7 +30,7 @@ MAX_KERNEL_SIZE = 1 << 25
 PREPARE_AGAIN = "run tools/prepare_manifest.py again, or take the row out of the manifest"
 
 
-class AudioError(Exception):
+class AudioError(UserError):
     """A file that cannot be used: "<path>: <what>; <what to do>". `problem` is the <what>."""
 
     def __init__(self, message: str, problem: str = "") -> None:

@@ -23,6 +23,7 @@ from pretrain.data.label_files import (
     write_dictionary,
 )
 from pretrain.data.manifest import Manifest
+from pretrain.errors import UserError
 
 SAMPLE_RATE = 16000
 WINDOW_SAMPLES = 400
@@ -30,7 +31,7 @@ LISTED_LINES = 10
 SCAN_LABELS = 1 << 24
 
 
-class LabelError(Exception):
+class LabelError(UserError):
     """A label directory that does not fit: "<file>: <what is wrong>; <what to do>"."""
 
 

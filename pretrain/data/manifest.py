@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.archive import parse_range, stored_entries
+from pretrain.errors import UserError
 
 CHUNK_BYTES = 1 << 24
 MAX_DIGITS = 15
@@ -21,7 +22,7 @@ NEWLINE, TAB, CARRIAGE_RETURN, ZERO = b"\n\t\r0"
 Fail = Callable[[int, str], None]  # line and problem; raises
 
 
-class ManifestError(Exception):
+class ManifestError(UserError):
     """A manifest that cannot be used: "<file>: line <n>: <what>; <what to do>"."""
 
 

@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from pretrain.data.archive import parse_range, stored_entries
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.errors import UserError
 
 COPY_BYTES = 1 << 20
 MAX_ENTRIES = 1 << 20  # keeps an archive's directory small enough to read at once
 
 
-class PackError(Exception):
+class PackError(UserError):
     """A manifest that cannot be packed: "<file>: <what>; <what to do>"."""
 
 

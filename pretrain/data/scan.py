@@ -25,6 +25,7 @@ from pretrain.data.audio import (
     verify_audio,
 )
 from pretrain.data.manifest import write_manifest
+from pretrain.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 PROBES_PER_TASK = 64
@@ -32,7 +33,7 @@ CHECKS = ("header", "full")
 DEFAULT_VALID_PERCENT = 1.0
 
 
-class ScanError(Exception):
+class ScanError(UserError):
     """A folder or option with which no manifest can be made: "<folder or option>: <what>; <what to do>"."""
 
 

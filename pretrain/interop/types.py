@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.errors import UserError
 
-class InteropError(ValueError):
+
+class InteropError(UserError):
     """A checkpoint that cannot be read, converted or exported: `<file>: <field>: <what is wrong>; <what to do>`."""
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pretrain.errors import UserError
 from pretrain.features.mel import SAMPLE_RATE, log_mel
 from pretrain.features.mfcc import MFCC_DIM, mfcc39
 from pretrain.method import Encoder
@@ -18,7 +19,7 @@ SPECTRAL_RATE_HZ = 100
 MAX_CHUNK_SECONDS = 100.0  # fairseq's max_chunk of 1,600,000 samples
 
 
-class FeatureError(ValueError):
+class FeatureError(UserError):
     """Features that were asked for in a way that cannot be met: "<option>: <what is wrong>; <what to do>"."""
 
 

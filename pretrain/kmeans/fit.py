@@ -12,6 +12,7 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
+from pretrain.errors import UserError
 from pretrain.kmeans.features import SAMPLE_RATE, FeatureExtractor
 
 BACKENDS = ("faiss", "sklearn")
@@ -19,7 +20,7 @@ FAISS_ITERATIONS = 100
 FAISS_STOP = 1e-4  # relative gain of the objective below which Lloyd's iterations end
 
 
-class FitError(ValueError):
+class FitError(UserError):
     """A fit that cannot be done: "<option>: <what is wrong>; <what to do>"."""
 
 
@@ -66,12 +67,14 @@ def sample_points(
     share: float,
     seed: int,
     device: torch.device,
-) -> Tensor:
-    """(n, D) float32 on the CPU: of every row a random `share` of its frames, drawn from (seed, row).
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """(n, D) float32 points on the CPU: of every row a random `share` of its frames, drawn from (seed, row).
 
-    Since the draw depends on nothing else, the ranks' points joined in row order are those of a single rank.
+    Since the draw depends on nothing else, the ranks' points joined in row order are those of a single rank. Where all
+    frames are kept, the second result has the features of every row, as views of the points: they need not be
+    computed again.
     """
-    kept = [torch.empty(0, extractor.dim)]
+    kept: dict[int, Tensor] = {}
     for row, waveform in waveforms:
         if waveform is None:
             continue
@@ -81,8 +84,11 @@ def sample_points(
             count = int(len(features) * share + rng.random())
             chosen = np.sort(rng.choice(len(features), size=min(count, len(features)), replace=False))
             features = features[torch.from_numpy(chosen).to(device)]
-        kept.append(features.cpu())
-    return torch.cat(kept)
+        kept[row] = features.cpu()
+    points = torch.cat([torch.empty(0, extractor.dim), *kept.values()])
+    if share < 1:
+        return points, {}
+    return points, dict(zip(kept, points.split([len(features) for features in kept.values()]), strict=True))
 
 
 def fit_centroids(points: Tensor, options: FitOptions) -> Tensor:

@@ -6,11 +6,13 @@ import json
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from pretrain.data.label_files import LabelWriter, merge_shards
 from pretrain.data.labels import LabelError, LabelInfoFile, SplitInfo, publish_labels
 from pretrain.data.manifest import Manifest
 from pretrain.export import find_kmeans
+from pretrain.kmeans.assign import nearest_centroids
 from pretrain.kmeans.features import MAX_CHUNK_SECONDS, SAMPLE_RATE, FeatureError, FeatureExtractor, FeatureSpec
 from pretrain.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
 from pretrain.kmeans.model import KMeansModel, make_extractor
@@ -129,11 +132,12 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
         alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
         output = Path(options.output)
         work = ranks.from_rank_0(lambda: _work_directory(output, options.overwrite))
-        model, fit_report = _kmeans_model(options, manifests["train"], ranks)
-        tallies = {
-            split: _label_split(options, model, split, manifest, alignments, work, ranks)
-            for split, manifest in manifests.items()
-        }
+        model, known, fit_report = _kmeans_model(options, manifests["train"], ranks)
+        tallies = {}
+        for split, manifest in manifests.items():
+            stream = WaveformStream(manifest, options.data.max_bad_share, options.data.workers)
+            known_here = known if split == "train" else {}
+            tallies[split] = _label_split(split, stream, model, known_here, alignments, work, ranks)
         report = {
             "features": asdict(model.spec),
             "checkpoint": options.checkpoint,
@@ -211,11 +215,14 @@ def _work_directory(output: Path, overwrite: bool) -> Path:
     return work
 
 
-def _kmeans_model(options: LabelOptions, train: Manifest, ranks: Ranks) -> tuple[KMeansModel, dict[str, Any] | None]:
+def _kmeans_model(
+    options: LabelOptions, train: Manifest, ranks: Ranks
+) -> tuple[KMeansModel, dict[int, Tensor], dict[str, Any] | None]:
+    """The model, the features of this rank's rows as far as the fit kept them whole, and the report of the fit."""
     if options.kmeans is not None:
         if options.checkpoint is not None or options.layer is not None:
             raise FeatureError("kmeans: knows its own features; leave out checkpoint and layer")
-        return KMeansModel.load(find_kmeans(Path(options.kmeans))).to(ranks.device), None
+        return KMeansModel.load(find_kmeans(Path(options.kmeans))).to(ranks.device), {}, None
     started = time.monotonic()
     fit_options = options.fit_options()
     extractor = _extractor(options, ranks)
@@ -224,7 +231,7 @@ def _kmeans_model(options: LabelOptions, train: Manifest, ranks: Ranks) -> tuple
     mine = rows[list(ranks.share(train.lengths[rows]))]
     stream = WaveformStream(train, options.data.max_bad_share, options.data.workers)
     progress = tqdm(stream.read(mine), "sampling for k-means", len(mine), unit="file", disable=ranks.rank != 0)
-    points = sample_points(extractor, progress, share, options.seed, ranks.device)
+    points, features = sample_points(extractor, progress, share, options.seed, ranks.device)
     joined = ranks.gather_rows(points)
     count = sum(ranks.gather(len(points)))
     extracted = time.monotonic()
@@ -236,7 +243,7 @@ def _kmeans_model(options: LabelOptions, train: Manifest, ranks: Ranks) -> tuple
         "extraction_seconds": extracted - started,
         "fit_seconds": time.monotonic() - extracted,
     }
-    return KMeansModel(centroids, extractor).to(ranks.device), report
+    return KMeansModel(centroids, extractor).to(ranks.device), features, report
 
 
 def _extractor(options: LabelOptions, ranks: Ranks) -> FeatureExtractor:
@@ -253,15 +260,16 @@ def _extractor(options: LabelOptions, ranks: Ranks) -> FeatureExtractor:
 
 
 def _label_split(
-    options: LabelOptions,
-    model: KMeansModel,
     split: str,
-    manifest: Manifest,
+    stream: WaveformStream,
+    model: KMeansModel,
+    known: dict[int, Tensor],
     alignments: Alignments | None,
     work: Path,
     ranks: Ranks,
 ) -> SplitTally:
-    """Label this rank's rows into a shard; returns what all ranks saw."""
+    """Label this rank's rows into a shard; returns what all ranks saw. `known` are features that the fit computed."""
+    manifest = stream.manifest
     rows = ranks.share(manifest.lengths)
     tally = SplitTally(
         len(rows),
@@ -269,13 +277,13 @@ def _label_split(
         np.zeros(model.num_clusters, dtype=np.int64),
         quality=QualityCounter(alignments.inventory, model.num_clusters) if alignments else None,
     )
-    stream = WaveformStream(manifest, options.data.max_bad_share, options.data.workers)
     writer = LabelWriter(work, split, model.num_clusters, shard=ranks.rank)
-    for row, waveform in tqdm(stream.read(rows), f"labelling {split}", len(rows), unit="file", disable=ranks.rank != 0):
-        if waveform is None:
+    features_of_rows = _features(rows, known, stream, model.extractor, ranks.device)
+    for row, features in tqdm(features_of_rows, f"labelling {split}", len(rows), unit="file", disable=ranks.rank != 0):
+        if features is None:
             writer.write(np.empty(0, dtype=np.int64))
             continue
-        units, distances = model.units_and_distances(waveform)
+        units, distances = nearest_centroids(features, model.centroids)
         labels = units.cpu().numpy()
         writer.write(labels)
         tally.add(labels, distances)
@@ -287,8 +295,21 @@ def _label_split(
     first, *others = ranks.gather(tally)
     for other in others:
         first.merge(other)
-    check_problems(first.problems, len(manifest), options.data.max_bad_share)
+    check_problems(first.problems, len(manifest), stream.max_bad_share)
     return first
+
+
+def _features(
+    rows: range, known: dict[int, Tensor], stream: WaveformStream, extractor: FeatureExtractor, device: torch.device
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Each row with its (F, D) features on `device`, or None where its file could not be read."""
+    others = stream.read([row for row in rows if row not in known])
+    for row in rows:
+        if row in known:
+            yield row, known[row].to(device)
+            continue
+        _, waveform = next(others)
+        yield row, None if waveform is None else extractor.extract(waveform.to(device))
 
 
 def _publish(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.errors import UserError
 from pretrain.export import write_native
 from pretrain.kmeans.assign import nearest_centroids
 from pretrain.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
@@ -22,7 +23,7 @@ from pretrain.upstream import Upstream
 FORMAT, VERSION = "headwater-kmeans", 1
 
 
-class KMeansError(Exception):
+class KMeansError(UserError):
     """A k-means directory that cannot be used: "<path>: <what is wrong>; <what to do>"."""
 
 
@@ -65,11 +66,8 @@ class KMeansModel:
 
     def units(self, waveform: Tensor) -> Tensor:
         """(T,) float waveform at 16 kHz to (F,) int64 units; F = 0 below 25 ms. Runs where the waveform is."""
-        return self.to(waveform.device).units_and_distances(waveform)[0]
-
-    def units_and_distances(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """As `units`, with the (F,) float32 squared distances to the centroids, on the model's device."""
-        return nearest_centroids(self.extractor.extract(waveform.to(self.centroids.device)), self.centroids)
+        self.to(waveform.device)
+        return nearest_centroids(self.extractor.extract(waveform), self.centroids)[0]
 
     def save(self, directory: Path) -> None:
         """Write centroids.safetensors, encoder/ (a native export) where there is one, and last kmeans.json."""

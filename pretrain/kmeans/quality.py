@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.errors import UserError
+
 SAMPLE_RATE = 16000
 WINDOW_SAMPLES = 400
 UNKNOWN = "UNK"
@@ -20,7 +22,7 @@ HEADER = ["utt", "start_s", "end_s", "phone"]
 LOG_FLOOR = 1e-8  # fairseq adds it inside its logarithms
 
 
-class AlignmentError(Exception):
+class AlignmentError(UserError):
     """A phone alignment that cannot be read: "<file>: <line>: <what is wrong>; <what to do>"."""
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pretrain.data.audio import AudioError, read_audio
 from pretrain.data.manifest import Manifest
+from pretrain.errors import UserError
 
 READ_AHEAD = 8  # files per worker
 LISTED_PROBLEMS = 10
 
 
-class StreamError(Exception):
+class StreamError(UserError):
     """Too many files could not be read."""
 
 
