@@ -61,11 +61,8 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
     """
     final = run_dir / "checkpoints" / f"step_{state.step:08d}"
     folder = final.with_suffix(".tmp")
-    problem: str | None = None
     written: dict[str, dict[str, Any]] = {}
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+    problem = _make_empty(folder) if world.is_main else None
     dist.barrier()
     weights = engine.weights(keep=world.is_main)
     moments = dict(_own_moments(engine, world))
@@ -80,7 +77,7 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
             for name in ("model.safetensors", "state.json", "config.yaml"):
                 written[name] = _make_durable(folder / name)
     except Exception as error:  # safetensors raises its own type for a full disk
-        problem = f"{folder}: {error}"
+        problem = problem or f"{folder}: {error}"
     reports: list[Any] = [None] * world.size
     dist.all_gather_object(reports, (problem, written))
     problem = next((p for p, _ in reports if p), None)
@@ -90,6 +87,15 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
         if problem:
             shutil.rmtree(folder, ignore_errors=True)
     return from_main(problem)
+
+
+def _make_empty(folder: Path) -> str | None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder}: {error}"
+    return None
 
 
 def _own_moments(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
@@ -213,7 +219,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: that lock would live on in data workers that outlast a killed trainer by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise CheckpointError(

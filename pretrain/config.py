@@ -113,6 +113,11 @@ class TrainerConfig:
     health: bool
     threads: int | None
 
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_validation_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number")
+
 
 @dataclass
 class ExpectedConfig:

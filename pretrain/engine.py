@@ -119,6 +119,9 @@ class Engine:
         self._engine.step()
         if self.zero_stage:
             self.grad_norm = float(self._engine.get_global_grad_norm())
+        if self.zero_stage == 3:
+            # DeepSpeed 0.19.8 would use this update's gradient again for a layer that the next update skips.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         return self._engine.was_step_applied() and not bool(self._adamw.found_inf)
 
     @property
@@ -169,6 +172,8 @@ class Engine:
         self.step(0.0, torch.zeros_like(self._adamw.skip))
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        if not self._adamw.state:  # no update was applied yet
+            return torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
         if self.zero_stage:
             return safe_get_full_optimizer_state(parameter, moment)
         return self._adamw.state[parameter][moment]

@@ -23,6 +23,7 @@ def probe_memory(
     has too little memory.
     """
     shapes = []
+    buffers = {name: value.clone() for name, value in method.named_buffers()}
     autocast = torch.autocast(world.device.type, DTYPES[precision]) if precision in DTYPES else contextlib.nullcontext()
     for micro_batch in reader.plan.largest_shapes():
         batch = reader[micro_batch]
@@ -40,6 +41,9 @@ def probe_memory(
             ) from None
         finally:
             method.zero_grad(set_to_none=True)
+            # Running statistics and the like must not learn from the probe.
+            for name, value in method.named_buffers():
+                value.copy_(buffers[name])
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     return (
         f"memory: {peak_memory_gb(world.device):.2f} GB at the largest shapes ({', '.join(shapes)}), to which the "

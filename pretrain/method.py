@@ -95,9 +95,11 @@ class Counts(NamedTuple):
     counts: Tensor
 
 
-@dataclass
-class StepOutput:
-    """`loss` is the () float32 SUM over the batch's `sample_size` units; `metrics` are detached device tensors."""
+class StepOutput(NamedTuple):
+    """`loss` is the () float32 SUM over the batch's `sample_size` units; `metrics` are detached device tensors.
+
+    A tuple, because ZeRO 3 looks for the tensors of a module's output in tuples, to gather weights before backward.
+    """
 
     loss: Tensor
     metrics: dict[str, Ratio | Counts]

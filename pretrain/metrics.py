@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -123,8 +124,10 @@ def peak_memory_gb(device: torch.device) -> float:
 class Reporter:
     """Writes from the main rank: curves to TensorBoard, the same numbers to metrics.jsonl, a bar to the terminal."""
 
-    def __init__(self, run_dir: Path, total_micro_batches: int, done_micro_batches: int, purge_update: int) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_update or None)
+    def __init__(self, run_dir: Path, total_micro_batches: int, done_micro_batches: int, done_updates: int) -> None:
+        """What a killed process reported beyond `done_updates` is taken back: those updates are made again."""
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done_updates + 1)
+        _forget_after(run_dir / "metrics.jsonl", done_updates)
         self._log = (run_dir / "metrics.jsonl").open("a")
         self.bar = tqdm(
             total=total_micro_batches,
@@ -173,6 +176,19 @@ class Reporter:
         self.bar.close()
         self._writer.close()
         self._log.close()
+
+
+def _forget_after(path: Path, update: int) -> None:
+    """Cut metrics.jsonl behind the last line that is whole and not beyond `update`."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["update"] > update:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
 
 
 def short(values: dict[str, float], names: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, HubertModel
 
 from pretrain.models import conv_features
+from pretrain.models.kernels import attention
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig, normalize_waveforms
 
 CONV_LAYERS = [[512, 10, 5], *[[512, 3, 2]] * 4, *[[512, 2, 2]] * 2]
@@ -203,6 +204,32 @@ def test_frame_counts() -> None:
         assert encoder.features(torch.randn(1, n), None).conv.shape[1] == encoder.frames(n)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (10, 5), (4, 1)])
+def test_convolution_equals_torch_and_its_gradient_is_right(kernel: int, stride: int) -> None:
+    conv = conv_features.Conv1d(3, 4, kernel, stride).double()
+    x = torch.randn(2, 23, 3, dtype=torch.double, requires_grad=True)
+    expected = torch.nn.functional.conv1d(x.transpose(1, 2), conv.weight, conv.bias, stride).transpose(1, 2)
+    torch.testing.assert_close(conv(x), expected)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(convolve, (x, conv.weight))
+
+
+def test_norm_over_time_survives_a_steep_spectrum() -> None:
+    """A loud offset and a slow drift, which every filter must cancel to see the rest 60 dB below."""
+    layer = SpeechEncoder(small_config()).feature_extractor.conv_layers[0]
+    time = torch.arange(4000) / 4000
+    waveforms = (0.3 + 0.5 * torch.sin(2 * torch.pi * time) + 5e-4 * torch.randn(2, 4000)).double()
+    with torch.no_grad():
+        layer.conv.weight -= layer.conv.weight.mean(2, keepdim=True)
+    exact = torch.nn.functional.conv1d(waveforms.unsqueeze(1), layer.conv.weight.double(), stride=5)
+    exact = torch.nn.functional.gelu((exact - exact.mean(2, keepdim=True)) / (exact.var(2, False, True) + 1e-5).sqrt())
+    ours = layer(waveforms.float().unsqueeze(2))
+    assert (ours.transpose(1, 2) - exact).abs().max() < 1e-3
+
+
 def test_fold_rule_is_fairseqs() -> None:
     """fairseq's `HubertModel.forward_padding_mask`, written out on the sample mask."""
     encoder = SpeechEncoder(small_config(frame_length_rule="fold"))
@@ -254,6 +281,17 @@ def test_layerdrop_rate_and_effect() -> None:
     assert abs(skipped - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
     hidden_states = encoder.eval().context(projected, None)
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(hidden_states))
+
+
+def test_attention_with_dropout_keeps_its_mean_and_hides_keys() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 6, 8).unbind(0)
+    valid = torch.tensor([True, True, True, True, False, False])[None, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid)
+    draws = torch.stack([attention(q, k, v, valid, 0.2) for _ in range(4000)])
+    error = (draws.mean(0) - expected).abs() / (draws.std(0) / 4000**0.5)
+    assert error.max() < 5
+    assert torch.equal(attention(q, k, v, valid, 0.0), expected)
 
 
 def test_dropout_rates_and_eval() -> None:

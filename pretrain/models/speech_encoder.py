@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pretrain.method import Encoder
 from pretrain.models import conv_features
 from pretrain.models.conv_features import ConvFeatureExtractor
+from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.positions import ConvPositions
 from pretrain.models.transformer import TransformerLayer
 
@@ -92,7 +93,7 @@ class TransformerEncoder(nn.Module):
             )
             for _ in range(config.encoder_layers)
         )
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = LayerNorm(dim)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -108,7 +109,7 @@ class TransformerEncoder(nn.Module):
         x = x + self.pos_conv(x)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         hidden_states = []
         for layer, skip in zip(self.layers, skipped, strict=True):
             hidden_states.append(x)
@@ -134,8 +135,8 @@ class SpeechEncoder(Encoder):
         self.feature_extractor = ConvFeatureExtractor(
             config.conv_feature_layers, config.extractor_mode, config.conv_bias
         )
-        self.layer_norm = nn.LayerNorm(conv_dim)
-        self.post_extract_proj = nn.Linear(conv_dim, dim)
+        self.layer_norm = LayerNorm(conv_dim)
+        self.post_extract_proj = Linear(conv_dim, dim)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = TransformerEncoder(config)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
@@ -183,7 +184,7 @@ class SpeechEncoder(Encoder):
         final layer norm, where the layers have theirs first). Frames where `mask` (B, F) is True are replaced by the
         mask embedding, after the input dropout, as in fairseq's `HubertModel.forward`.
         """
-        x = F.dropout(projected, self.config.dropout_input, self.training)
+        x = dropout(projected, self.config.dropout_input, self.training)
         if mask is not None:
             x = torch.where(mask.unsqueeze(2), self.mask_emb.to(x.dtype), x)
         skipped = self._skipped if self.training else [False] * self.config.encoder_layers
@@ -196,6 +197,16 @@ class SpeechEncoder(Encoder):
         if frame_lengths is None:
             frame_lengths = torch.full((len(waveforms),), projected.shape[1], device=waveforms.device)
         return hidden_states, [frame_lengths] * len(hidden_states)
+
+    def compile_regions(self) -> None:
+        """Compile the convolutions and each Transformer layer in place; parameter names stay. Meant for GPUs.
+
+        Every shape of batch gets kernels of its own, once for all layers: batches should come in few shapes.
+        """
+        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for region in (self.feature_extractor, *self.encoder.layers):
+            region.compile(dynamic=False)
 
     def draw_layerdrop(self, rng: np.random.Generator) -> None:
         """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.kernels import LayerNorm, Linear, attention, dropout
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention; the rows of `qkv_proj` are queries, keys, values."""
@@ -12,15 +14,14 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.qkv_proj = Linear(dim, 3 * dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """(B, F, D) to (B, F, D); keys where `valid` (B, 1, 1, F) is False are hidden."""
         batch, frames, dim = x.shape
         q, k, v = self.qkv_proj(x).view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=dropout)
+        out = attention(q, k, v, valid, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).reshape(batch, frames, dim))
 
 
@@ -44,10 +45,10 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.dropout, self.activation_dropout, self.layer_norm_first = dropout, activation_dropout, layer_norm_first
         self.self_attn = SelfAttention(dim, heads, attention_dropout)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
-        self.final_layer_norm = nn.LayerNorm(dim)
+        self.self_attn_layer_norm = LayerNorm(dim)
+        self.fc1 = Linear(dim, ffn_dim)
+        self.fc2 = Linear(ffn_dim, dim)
+        self.final_layer_norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """(B, F, D) to (B, F, D); `valid` as in SelfAttention."""
@@ -58,8 +59,8 @@ class TransformerLayer(nn.Module):
         return self.final_layer_norm(x + self._drop(self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
+        x = dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
         return self.fc2(x)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

@@ -46,7 +46,9 @@ class Official:
             "num_classes": [classes - DICTIONARY_SPECIALS for classes in self.facts["classes"]],
             "label_rates_hz": [int(model["label_rate"])] * self.label_sets,
             **{key: model[key] for key in ("final_dim", "untie_final_proj", "logit_temp")},
-            **{"mask_prob": 0.8, "mask_length": 10, "mask_min_spans": 2},
+            "mask_prob": 0.8,
+            "mask_length": 10,
+            "mask_min_spans": 2,
             **{key: criterion[key] for key in ("pred_masked_weight", "pred_nomask_weight")},
             "feature_penalty_weight": criterion["loss_weights"][0],
         }
@@ -184,34 +186,44 @@ def tiny_method() -> HubertMethod:
     return HubertMethod(typed(HubertConfig, compose_recipe("hubert_tiny")["method"]))
 
 
-def example(row: int, samples: int) -> Example:
+def example(row: int, samples: int, start: int = 0) -> Example:
     rng = np.random.default_rng(row)
     waveform = torch.from_numpy(0.1 * rng.standard_normal(samples, dtype=np.float32))
-    return Example(waveform, row, 0, [rng.integers(0, 50, size=(samples - 400) // 160 + 1)], rng)
+    # Label l of row r is 7 r + l modulo the classes: a label tells which frame it was cut for.
+    labels = (7 * row + np.arange((start + samples - 400) // 160 + 1)) % 50
+    return Example(waveform, row, start, [labels], rng)
 
 
 def test_before_training_the_loss_is_that_of_a_uniform_guess() -> None:
     method = tiny_method()
-    # The label embeddings are drawn from U(0, 1): cosines differ little, as in the official initialisation.
     with torch.no_grad():
         output = method(method.collator(method.config)([example(row, 32_000) for row in range(4)]))
+    # The label embeddings are drawn from U(0, 1), so cosines over 0.1 differ by about 1 before training.
     assert metric(output, "loss_masked") == pytest.approx(math.log(50 + DICTIONARY_SPECIALS), abs=1.0)
 
 
-def test_rows_of_a_batch_do_not_change_each_other() -> None:
-    """A row's masked loss does not depend on what else is in the batch, padding included (layer-norm features)."""
-    values = compose_recipe("hubert_tiny")["method"]
-    values["encoder"]["extractor_mode"] = "layer_norm"
-    torch.manual_seed(0)
-    method = HubertMethod(typed(HubertConfig, values)).eval()
-    batch = method.collator(method.config)([example(0, 32_000), example(1, 24_000)])
+def test_the_collator_cuts_the_labels_of_the_scored_frames() -> None:
+    method = tiny_method()
+    batch = method.collator(method.config)([example(0, 32_000), example(1, 32_000, start=6_400)])
+    assert not batch.padded
+    mask = batch.extras["mask"]
+    for kind, chosen in (("masked", mask), ("unmasked", ~mask)):
+        rows, frames = torch.nonzero(chosen, as_tuple=True)
+        assert torch.equal(batch.extras[f"{kind}_positions"], rows * mask.shape[1] + frames)
+        # 100 labels a second: two per frame, and 40 before a crop that starts at 0.4 s.
+        assert torch.equal(batch.extras[f"{kind}_labels"][0], (7 * rows + 40 * rows + 2 * frames) % 50)
+    assert batch.sample_size == int(mask.sum())
+
+
+def test_padding_is_never_scored() -> None:
+    method = tiny_method()
+    batch = method.collator(method.config)([example(0, 32_000), example(1, 20_000)])
     assert batch.padded
-    frames, rows = batch.extras["mask"].shape[1], batch.extras["masked_positions"]
-    alone_frames = (24_000 - 400) // 320 + 1
-    with torch.no_grad():
-        together = method.encoder(batch.waveforms, batch.lengths)[0][-1]
-        alone = method.encoder(batch.waveforms[1:, :24_000], None)[0][-1]
-    torch.testing.assert_close(together[1, :alone_frames - 17], alone[0, : alone_frames - 17], rtol=0, atol=1.0)
-    # Hidden and scored frames lie in the real part of both rows.
-    valid = math.ceil(24_000 / (32_000 // frames))
-    assert int(rows.max()) < frames + valid
+    assert not batch.waveforms[1, 20_000:].any()
+    mask = batch.extras["mask"]
+    # fairseq's rule: a frame is real as soon as one sample of its share of the row is.
+    real = math.ceil(20_000 / (32_000 // mask.shape[1]))
+    assert not mask[1, real:].any()
+    scored = torch.cat([batch.extras["masked_positions"], batch.extras["unmasked_positions"]])
+    assert sorted(scored.tolist()) == list(range(mask.shape[1] + real))
+    assert mask[0].sum() == mask[1].sum()

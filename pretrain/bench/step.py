@@ -1,0 +1,206 @@
+"""One training step, ours beside other projects': same shapes, masks, labels, dropouts and loss."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
+from pretrain.config import ConfigError, compose_recipe, typed
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.engine import DTYPES
+from pretrain.method import Batch, Example, LabelInfo, Method, load_method
+from pretrain.metrics import peak_flops, peak_memory_gb
+
+OURS = "headwater"
+LABEL_RATE_HZ = 50
+WARMUPS = {"cpu": 1, "cuda": 5}
+NOTE = (
+    "One step is forward, backward and the release of the gradients; the optimiser, the same AdamW for all, is left "
+    "out for all. All in train mode with the recipe's dropouts and no LayerDrop, on the same waveforms, masks and "
+    "labels. Medians of interleaved rounds in one process; memory from a process per row."
+)
+
+
+@dataclass
+class StepOptions:
+    """`batch` crops of `seconds`; `precision` and `peers` are lists with commas. The last peer is 1.00 on the `scale`.
+
+    `memory` measures peak memory in a process per row; `device` is cpu, cuda or auto.
+    """
+
+    task: str
+    recipe: str = "hubert_base"
+    batch: int = 4
+    seconds: float = 5.0
+    rounds: int = 7
+    threads: int | None = None
+    precision: str = "fp32,bf16"
+    peers: str = "transformers,torchaudio,fairseq"
+    compile: bool = False
+    memory: bool = True
+    device: str = "auto"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: is {getattr(self, name)}; give a positive number")
+        if unknown := set(self.precisions) - {"fp32", *DTYPES}:
+            raise ConfigError(f"precision: unknown {', '.join(sorted(unknown))}; known: fp32, {', '.join(DTYPES)}")
+
+    @property
+    def precisions(self) -> list[str]:
+        return self.precision.split(",")
+
+    @property
+    def peer_names(self) -> list[str]:
+        return [name for name in self.peers.split(",") if name]
+
+    def torch_device(self) -> torch.device:
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(automatic if self.device == "auto" else self.device)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the recipe's method, its configuration for labels at 50 Hz, and the peers that it brings."""
+
+    method_class: type[Method]
+    config: Any
+    peers: dict[str, Callable[[Any], nn.Module]]
+
+    @classmethod
+    def of_recipe(cls, recipe: str) -> Subject:
+        """Peers are `PEERS` of the method's module `peers`, where it has one. Call it before any peer is imported:
+        fairseq registers a schema with Hydra that would then apply to our configuration.
+        """
+        values = compose_recipe(recipe)["method"]
+        package = load_method(values["name"])
+        config = typed(package.Method.Config, values, "method")
+        infos = [LabelInfo(LABEL_RATE_HZ, classes) for classes in package.Method.label_classes(config)]
+        adapted = package.Method.adapt(config, infos) if infos else config
+        module = f"{package.__name__}.peers"
+        peers = importlib.import_module(module).PEERS if importlib.util.find_spec(module) else {}
+        return cls(package.Method, adapted, peers)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`model` owns the parameters; `loss` is the training loss of a batch."""
+
+    model: nn.Module
+    loss: Callable[[Batch], Tensor]
+
+    def step(self, batch: Batch, precision: str) -> None:
+        """Forward, backward, release of the gradients."""
+        device = batch.waveforms.device
+        with torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+            loss = self.loss(batch)
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def measure_steps(options: StepOptions) -> dict[str, Any]:
+    """Time every contender at every precision; returns environment, rows, and the peers that cannot be imported."""
+    device = _prepare(options)
+    machine = environment(device)
+    subject = Subject.of_recipe(options.recipe)
+    absent = missing_peers(options, subject)
+    names = [OURS, *(name for name in options.peer_names if name not in absent)]
+    batch = make_batch(options, subject).to(device)
+    contenders = {name: make_contender(options, name, subject, device) for name in names}
+    works = {
+        f"{precision} {name}": partial(contender.step, batch, precision)
+        for precision in options.precisions
+        for name, contender in contenders.items()
+    }
+    costs = interleaved(works, options.rounds, WARMUPS[device.type], device)
+    flops = options.batch * contenders[OURS].model.training_flops(batch.waveforms.shape[1])
+    rows = []
+    for precision in options.precisions:
+        for name, contender in contenders.items():
+            row = _row(options, contender, costs[f"{precision} {name}"], flops, peak_flops(device))
+            if options.memory:
+                row["peak_gb"] = in_fresh_process(peak_of_step, options, name, precision)
+            rows.append({"variant": name, "precision": precision, **row})
+    add_ratios(rows, OURS, group="precision")
+    reference = next(row["wall_seconds"] for row in rows if row["variant"] == names[-1])
+    for row in rows:
+        row["scale"] = row["wall_seconds"] / reference
+    note = f"{NOTE} The scale is wall time over that of {names[-1]} in {options.precisions[0]}."
+    return {"task": "step", "note": note, "environment": machine, "rows": rows, "absent": absent}
+
+
+def _row(options: StepOptions, contender: Contender, cost: Cost, flops: float, peak: float | None) -> Row:
+    row: Row = {
+        "parameters_m": sum(p.numel() for p in contender.model.parameters()) / 1e6,
+        "wall_seconds": cost.wall_seconds,
+        "cpu_seconds": cost.cpu_seconds,
+        "audio_seconds_per_second": options.batch * options.seconds / cost.wall_seconds,
+        "teraflops": flops / cost.wall_seconds / 1e12,
+    }
+    return row if peak is None else row | {"share_of_bf16_peak": flops / cost.wall_seconds / peak}
+
+
+def peak_of_step(options: StepOptions, name: str, precision: str) -> float:
+    """Peak memory in GB of one step of one contender, the only one of this process: resident, or on the card."""
+    device = _prepare(options)
+    subject = Subject.of_recipe(options.recipe)
+    batch = make_batch(options, subject).to(device)
+    contender = make_contender(options, name, subject, device)
+    contender.step(batch, precision)
+    return peak_memory_gb(device) if device.type == "cuda" else peak_resident_gb()
+
+
+def missing_peers(options: StepOptions, subject: Subject) -> dict[str, str]:
+    """Peers that cannot be imported here, with the reason. Raises ConfigError for a peer that the method lacks."""
+    absent = {}
+    for name in options.peer_names:
+        if name not in subject.peers:
+            listed = ", ".join(subject.peers) or "none"
+            raise ConfigError(f"peers: '{name}' is no peer of {options.recipe}; known: {listed}")
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a foreign package dies of: on a new Python, fairseq 0.12 of a ValueError
+            absent[name] = f"{type(error).__name__}: {error}"
+    return absent
+
+
+def make_contender(options: StepOptions, name: str, subject: Subject, device: torch.device) -> Contender:
+    """Our method or a peer, built from the same configuration, in train mode on `device`."""
+    torch.manual_seed(0)
+    if name == OURS:
+        method = subject.method_class(subject.config).to(device).train()
+        if options.compile:
+            method.encoder.compile_regions()
+        return Contender(method, lambda batch: method(batch).loss)
+    peer = subject.peers[name](subject.config).to(device).train()
+    return Contender(peer, peer)
+
+
+def make_batch(options: StepOptions, subject: Subject) -> Batch:
+    """Noise with random labels through the method's collator, which draws the masks."""
+    samples = round(options.seconds * SAMPLE_RATE)
+    examples = []
+    for row in range(options.batch):
+        rng = np.random.default_rng(row)
+        waveform = torch.from_numpy(rng.normal(0.0, 0.1, samples).astype(np.float32))
+        count = samples * LABEL_RATE_HZ // SAMPLE_RATE
+        labels = [rng.integers(classes, size=count) for classes in subject.method_class.label_classes(subject.config)]
+        examples.append(Example(waveform, row, 0, labels, rng))
+    return subject.method_class.collator(subject.config)(examples)
+
+
+def _prepare(options: StepOptions) -> torch.device:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return options.torch_device()

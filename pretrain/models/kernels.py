@@ -1,0 +1,60 @@
+"""Building blocks whose fastest form depends on the processor: products, attention, dropout, layer norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of x (..., K) with weight (N, K); in float32 on the CPU as a 1x1 convolution.
+
+    torch gives float32 products to MKL, which runs at half speed on AMD processors, but convolutions (and bfloat16
+    products) to oneDNN, which does not.
+    """
+    if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    out = F.conv2d(image, weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout`; on the CPU with 16 random bits per element, `p` being rounded to 1 / 65536.
+
+    A Bernoulli draw per element costs there more than the product that it follows.
+    """
+    if not x.is_cpu or not training or p == 0:
+        return F.dropout(x, p, training)
+    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,))
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = round(p * 2**16)
+    return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout_p: float) -> Tensor:
+    """Scaled dot-product attention of (B, H, F, D); keys where `valid` (B, 1, 1, F) is False are hidden.
+
+    torch has no fused kernel with dropout for the CPU, and its fallback is slower than these four lines.
+    """
+    if not q.is_cpu or dropout_p == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=dropout_p)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    return dropout(scores.softmax(-1).to(v.dtype), dropout_p, True) @ v
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` in the precision of its weights: float32 in and out under autocast, on the CPU too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))

@@ -1,0 +1,139 @@
+"""tools/benchmark.py at a tiny size: every row is there, and the peers do the work that they are measured for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchaudio
+
+from pretrain.bench import labels, loader, step, timing
+from pretrain.config import SAMPLE_DIR, ConfigError
+from pretrain.data.manifest import Manifest
+from pretrain.data.plan import MicroBatch
+from pretrain.interop.speech_encoder import state_to_huggingface
+from recipes.hubert.peers import TorchaudioHubert, TransformersHubert
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
+CPU = torch.device("cpu")
+
+
+def tiny(**changes: Any) -> step.StepOptions:
+    return step.StepOptions("step", recipe="hubert_tiny", batch=1, seconds=1.0, device="cpu", **changes)
+
+
+def assert_positive(rows: list[timing.Row]) -> None:
+    numbers = [value for row in rows for value in row.values() if not isinstance(value, str)]
+    assert numbers
+    assert all(math.isfinite(value) and value >= 0 for value in numbers)
+    assert all(row["wall_seconds"] > 0 for row in rows)
+
+
+def test_the_tool_times_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = "task=step recipe=hubert_tiny batch=1 seconds=1 rounds=1 memory=false device=cpu"
+    report = tmp_path / "benchmark.json"
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments.split(), f"output={report}"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setitem(sys.modules, "fairseq", None)  # as where it is not installed
+    runpy.run_path(str(TOOL), run_name="__main__")
+    result = json.loads(report.read_text())
+    rows = result["rows"]
+    names = [(row["precision"], row["variant"]) for row in rows]
+    assert names == [(p, v) for p in ("fp32", "bf16") for v in ("headwater", "transformers", "torchaudio")]
+    assert_positive(rows)
+    assert len({row["parameters_m"] for row in rows}) == 1
+    assert rows[2]["scale"] == 1
+    assert "fairseq" in result["absent"]
+    printed = capsys.readouterr().out
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + 1 + len(rows)
+    assert "Not measured: fairseq" in printed
+
+
+def test_peers_compute_our_loss_from_our_weights() -> None:
+    subject = step.Subject.of_recipe("hubert_tiny")
+    batch = step.make_batch(tiny(), subject)
+    ours = step.make_contender(tiny(), step.OURS, subject, CPU)
+    state = ours.model.state_dict()
+    encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+
+    huggingface = TransformersHubert(subject.config)
+    huggingface.model.load_state_dict(state_to_huggingface(encoder))
+    head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
+    assert huggingface.load_state_dict(head, strict=False).unexpected_keys == []
+
+    other = TorchaudioHubert(subject.config)
+    imported = torchaudio.models.wav2vec2.utils.import_huggingface_model(huggingface.model)
+    other.model.wav2vec2.load_state_dict(imported.state_dict())
+    other.model.mask_generator.mask_embedding.data = state["encoder.mask_emb"]
+    other.model.logit_generator.label_embeddings.data = state["label_embs_concat"]
+    other.model.logit_generator.final_proj.load_state_dict(
+        {name: state[f"final_proj.{name}"] for name in ("weight", "bias")}
+    )
+
+    expected = ours.loss(batch)
+    for peer in (huggingface, other):
+        torch.testing.assert_close(peer.train()(batch), expected, rtol=1e-4, atol=0)
+
+
+def test_an_unknown_peer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="peers: 'transformer' is no peer of hubert_tiny; known: transformers"):
+        step.missing_peers(tiny(peers="transformer"), step.Subject.of_recipe("hubert_tiny"))
+
+
+def test_peak_memory_of_a_step() -> None:
+    assert step.peak_of_step(tiny(), step.OURS, "fp32") > 0.1  # torch alone takes more
+
+
+def test_a_fresh_process_is_another_one() -> None:
+    assert timing.in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_ratios_compare_within_a_group() -> None:
+    costs = {("a", "x"): 2.0, ("b", "x"): 4.0, ("a", "y"): 9.0, ("b", "y"): 3.0}
+    rows = [{"variant": v, "group": g, "wall_seconds": c, "cpu_seconds": 2 * c} for (v, g), c in costs.items()]
+    timing.add_ratios(rows, "a", group="group")
+    assert [row["ours_by_this_wall"] for row in rows] == [1.0, 0.5, 1.0, 3.0]
+    assert [row["ours_by_this_cpu"] for row in rows] == [1.0, 0.5, 1.0, 3.0]
+
+
+def test_interleaving_runs_everything_once_per_round() -> None:
+    order: list[str] = []
+    timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmups=1)
+    assert order == ["a", "b"] * 3
+
+
+def test_loaders_read_the_same_audio() -> None:
+    result = loader.measure_loaders(
+        loader.LoaderOptions("loader", recipe="hubert_tiny", workers="0", batches=2, rounds=1)
+    )
+    variants = [row["variant"] for row in result["rows"]]
+    assert variants[:2] == ["headwater", "whole files, soundfile"]
+    assert ("lhotse" in variants) != ("lhotse" in result["absent"])
+    assert_positive(result["rows"])
+    manifest = Manifest.read(SAMPLE_DIR / "train.tsv")
+    rows = (manifest.lengths > 16_000).nonzero()[0][:3]
+    assert loader.WholeFileReader(manifest)[MicroBatch(0, rows, 16_000)].shape == (3, 16_000)
+
+
+def test_labels_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    options = labels.LabelBenchOptions(
+        "labels", clusters=8, hours=0.01, rounds=1, alignments=str(SAMPLE_DIR / "phones.tsv")
+    )
+    rows = {row["variant"]: row for row in labels.measure_labels(options)["rows"]}
+    assert list(rows) == ["headwater, faiss", "headwater, scikit-learn", labels.PEER]
+    assert_positive(list(rows.values()))
+    inertia = [row["inertia"] for row in rows.values()]
+    assert max(inertia) < 1.2 * min(inertia)
+    assert all(0 < row["pnmi"] < 1 for row in rows.values())
+    assert rows["headwater, faiss"]["disk_mb"] < rows[labels.PEER]["disk_mb"]

@@ -1,0 +1,239 @@
+"""Checkpoints are complete or absent, whatever happens while they are written or to their files afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from small_method import SmallMethod, engine_of, plain, train
+from two_ranks import load, save
+
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointError, check_identity, damage, find_resumable, newest_checkpoint, run_lock
+from pretrain.distributed import World
+from pretrain.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def engine(world: World) -> Engine:
+    engine = engine_of(1, "fp32", world)
+    train(engine, world, 0, 1)
+    return engine
+
+
+@pytest.fixture
+def run(tmp_path: Path, engine: Engine, world: World) -> Path:
+    """A run folder with checkpoints of steps 1 and 2."""
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        assert save(folder, engine, world, step) is None
+    return folder
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def newest(run: Path) -> str | None:
+    found = newest_checkpoint(run)
+    return found.name if found else None
+
+
+def test_what_is_published(run: Path, engine: Engine) -> None:
+    step = run / "checkpoints" / "step_00000002"
+    files = json.loads((step / "complete.json").read_text())["files"]
+    assert sorted([*files, "complete.json"]) == sorted(path.name for path in step.iterdir())
+    assert plain(checkpoint.load_weights(step)) == plain(engine.weights(keep=True))
+    assert checkpoint.load_state(step).update == 2
+    with checkpoint.moment_reader(step) as read:
+        assert plain((key, read(key)) for key, _ in engine.optimizer_state()) == plain(engine.optimizer_state())
+        with pytest.raises(CheckpointError, match="optimiser state of 'other/exp_avg' is missing"):
+            read("other/exp_avg")
+
+
+def test_the_newest_are_kept(run: Path, engine: Engine, world: World) -> None:
+    assert save(run, engine, world, 10) is None
+    assert names(run) == ["step_00000002", "step_00000010"]
+    assert save(run, engine, world, 11, keep=1) is None
+    assert names(run) == ["step_00000011"]
+    assert newest(run) == "step_00000011"
+
+
+def test_the_same_step_may_be_saved_twice(run: Path, engine: Engine, world: World) -> None:
+    assert save(run, engine, world, 2) is None
+    assert names(run) == ["step_00000001", "step_00000002"]
+    assert damage(run / "checkpoints" / "step_00000002") is None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+FILES = ["model.safetensors", "optimizer-00000-of-00001.safetensors", "state.json", "config.yaml", "complete.json"]
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(run: Path, world: World, name: str, harm: Callable[[Path], None]) -> None:
+    harm(run / "checkpoints" / "step_00000002" / name)
+    if name == "complete.json" and harm is flip:
+        # A flipped bit in a name or a hash makes the list disagree with the files; one in white space does no harm.
+        assert newest(run) in ("step_00000001", "step_00000002")
+        return
+    assert newest(run) == "step_00000001"
+    found, passed_over = find_resumable(run, world)
+    assert found is not None
+    assert found.name == "step_00000001"
+    assert len(passed_over) == 1
+    assert name in passed_over[0]
+
+
+def test_two_ranks_find_damage_in_either_part(two_ranks: dict[str, Any]) -> None:
+    for name, (found, passed_over) in two_ranks["damaged"].items():
+        assert found == "step_00000001"
+        assert name in passed_over[0]
+        assert "content differs" in passed_over[0]
+
+
+def test_nothing_is_found_where_nothing_is_complete(tmp_path: Path, run: Path, world: World) -> None:
+    assert newest_checkpoint(tmp_path / "absent") is None
+    assert find_resumable(tmp_path / "absent", world) == (None, [])
+    for step in (1, 2):
+        cut(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+    found, passed_over = find_resumable(run, world)
+    assert found is None
+    assert len(passed_over) == 2
+
+
+def test_folders_of_other_names_are_ignored(run: Path, engine: Engine, world: World) -> None:
+    for name in ("step_00000009.tmp", "step_9", "old_step_00000009"):
+        (run / "checkpoints" / name).mkdir()
+    assert newest(run) == "step_00000002"
+    # A half-written folder of a dead process is no obstacle to writing that step.
+    (run / "checkpoints" / "step_00000009.tmp" / "model.safetensors").write_text("half")
+    assert save(run, engine, world, 9) is None
+    assert newest(run) == "step_00000009"
+
+
+class Crash(BaseException):
+    """The process dies here: nothing in the code under test may catch it."""
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["save_file", "save_yaml", "_make_durable", "_publish", "_sync_folder", "shutil.rmtree", "Path.rename"],
+)
+def test_a_crash_while_saving_never_leaves_a_wrong_newest(
+    run: Path, engine: Engine, world: World, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(engine, world, 1, 2)
+    before = plain(checkpoint.load_weights(run / "checkpoints" / "step_00000002"))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pretrain.checkpoint.{place}", crash)
+        with pytest.raises(Crash):
+            save(run, engine, world, 3)
+    found = newest_checkpoint(run)
+    assert found is not None
+    expected = before if found.name == "step_00000002" else plain(engine.weights(keep=True))
+    assert plain(checkpoint.load_weights(found)) == expected
+    assert save(run, engine, world, 3) is None
+    assert newest(run) == "step_00000003"
+    assert not [name for name in names(run) if name.endswith(".tmp")]
+
+
+def test_a_crash_between_writing_again_and_publishing_keeps_the_step_before(
+    run: Path, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that is saved a second time may be lost, never the one before."""
+    monkeypatch.setattr("pretrain.checkpoint.Path.rename", crash)
+    with pytest.raises(Crash):
+        save(run, engine, world, 2)
+    assert newest(run) == "step_00000001"
+
+
+@pytest.mark.parametrize("place", ["save_file", "save_yaml", "_make_durable", "Path.rename"])
+def test_a_full_disk_leaves_the_older_ones(
+    run: Path, engine: Engine, world: World, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"pretrain.checkpoint.{place}", no_space)
+    problem = save(run, engine, world, 3)
+    assert problem is not None
+    assert "No space left on device" in problem
+    assert names(run) == ["step_00000001", "step_00000002"]
+    assert newest(run) == "step_00000002"
+
+
+def test_no_rank_publishes_where_one_could_not_write(two_ranks: dict[str, Any]) -> None:
+    failing = two_ranks["failing"]
+    assert failing["first"] is None
+    assert "No space left on device" in failing["second"]
+    assert (failing["found"], failing["passed_over"]) == ("step_00000001", [])
+    assert failing["left"] == ["step_00000001"]
+
+
+def test_a_checkpoint_before_the_first_update(tmp_path: Path, world: World) -> None:
+    for stage in (0, 1, 3):
+        run = tmp_path / str(stage)
+        fresh = engine_of(stage, "fp32", world)
+        assert save(run, fresh, world, 1) is None
+        again = load(run, stage, "fp32", world)
+        assert again.scalars()["adam_step"] == 0
+        assert [h["loss"] for h in train(again, world, 3, 5)] == [h["loss"] for h in train(fresh, world, 3, 5)]
+
+
+def test_the_weights_of_another_method_are_refused(run: Path) -> None:
+    weights = checkpoint.load_weights(run / "checkpoints" / "step_00000002")
+    del weights["net.0.weight"]
+    with pytest.raises(RuntimeError, match=r"net\.0\.weight"):
+        SmallMethod().load_state_dict(weights)
+
+
+def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:
+    saved = {"seed": 1, "batch": {"micro_batches_per_step": 4}, "crop": {"max_seconds": 2.0}}
+    check_identity(saved, dict(saved), tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        check_identity(saved, saved | {"batch": {"micro_batches_per_step": 8}, "seed": 2}, tmp_path)
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "seed: was 1, is 2" in message
+    assert "'micro_batches_per_step': 4" in message
+    assert "'micro_batches_per_step': 8" in message
+    assert "crop" not in message
+    assert "name=" in message
+    assert "init_from=" in message
+
+
+def test_the_lock_names_its_holder_and_falls_with_it(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib; from pretrain.checkpoint import run_lock\nwith run_lock(pathlib.Path(sys.argv[1])):\n"
+    )
+    script += "    print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == b"held"
+        with pytest.raises(CheckpointError, match=rf"in use by process {holder.pid} on {os.uname().nodename}"):
+            run_lock(tmp_path / "run").__enter__()
+        holder.kill()
+    with run_lock(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()

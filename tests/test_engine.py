@@ -1,0 +1,205 @@
+"""The engine: the same numbers as plain torch at every ZeRO stage and world size, and across a change of both."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_method import (
+    EMPTY_STEP,
+    NAN_STEP,
+    OPTIMIZER,
+    PARTLY_NAN_STEP,
+    SAVED_AT,
+    UPDATES,
+    SmallConfig,
+    SmallMethod,
+    engine_of,
+    plain,
+    plain_torch,
+    train,
+)
+from two_ranks import CHANGES, STAGES, continued, load, save
+
+from pretrain.config import ConfigError, OptimizerConfig
+from pretrain.distributed import World
+from pretrain.engine import Engine, SkippableAdamW
+from pretrain.method import Batch, Method, StepOutput
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def assert_same_run(ours: dict[str, Any], history: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:
+    """Losses, norms and final weights to 1e-6, and the same steps applied."""
+    assert [h["applied"] for h in ours["history"]] == [h["applied"] for h in history]
+    for mine, theirs in zip(ours["history"], history, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, nan_ok=True)
+        if theirs["applied"]:
+            assert mine["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
+    for name, value in weights.items():
+        assert ours["weights"][name] == pytest.approx(value.flatten().tolist(), rel=1e-5, abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    return plain_torch()
+
+
+def test_the_reference_covers_what_it_should(reference: Any) -> None:
+    history, _ = reference
+    assert [step for step, h in enumerate(history) if not h["applied"]] == [NAN_STEP, PARTLY_NAN_STEP, EMPTY_STEP]
+    assert any(h["norm"] > OPTIMIZER.clip_norm for h in history)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_equals_plain_torch(two_ranks: dict[str, Any], reference: Any, stage: int) -> None:
+    assert two_ranks["alone"][stage]["problem"] is None
+    assert_same_run(two_ranks["alone"][stage], *reference)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_equal_plain_torch(two_ranks: dict[str, Any], reference: Any, stage: int) -> None:
+    """A NaN on the second rank alone, and nothing to score, leave weights and moments of both as they were."""
+    assert two_ranks["ranks_agree"]
+    assert two_ranks["unbroken"][str(stage)]["problem"] is None
+    assert_same_run(two_ranks["unbroken"][str(stage)], *reference)
+
+
+@pytest.mark.parametrize("direction", ["same_world", "from_one_rank"])
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_two_ranks_continue_any_checkpoint(
+    two_ranks: dict[str, Any], reference: Any, direction: str, change: tuple[int, int]
+) -> None:
+    history, weights = reference
+    assert_same_run(two_ranks[direction][CHANGES.index(change)], history[SAVED_AT:], weights)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_one_rank_continues_what_two_wrote(
+    two_ranks: dict[str, Any], reference: Any, world: World, change: tuple[int, int]
+) -> None:
+    history, weights = reference
+    assert_same_run(continued(two_ranks["folder"], *change, world, written_by=2), history[SAVED_AT:], weights)
+
+
+def test_loading_to_the_bit_at_the_same_world_size(two_ranks: dict[str, Any], world: World) -> None:
+    for stage in STAGES:
+        run = two_ranks["folder"] / f"world1_stage{stage}"
+        engine = load(run, stage, "fp32", world)
+        stored = load_file(run / "checkpoints" / f"step_{SAVED_AT:08d}" / "optimizer-00000-of-00001.safetensors")
+        assert plain(engine.optimizer_state()) == plain(stored)
+        # SAVED_AT steps were made, of which the one with a NaN does not count.
+        assert engine.scalars()["adam_step"] == SAVED_AT - 1
+        again = train(engine, world, SAVED_AT, UPDATES)
+        unbroken = two_ranks["alone"][stage]
+        # Text, because NaN differs from itself.
+        assert str(again) == str(unbroken["history"][SAVED_AT:])
+        assert plain(engine.weights(keep=True)) == unbroken["weights"]
+
+
+def test_a_hubert_whose_weights_are_shared_out(two_ranks: dict[str, Any]) -> None:
+    """ZeRO 3 gathers weights where they are used: outside `forward` of their module, and for layers now skipped."""
+    losses = two_ranks["hubert"]
+    assert losses["3"] == pytest.approx(losses["1"], rel=1e-5)
+
+
+def test_collectives(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["from_main"] == {"rank": 0}
+    assert two_ranks["agree"] == [True, False]
+
+
+def test_weights_hold_buffers_and_are_empty_where_not_wanted(world: World) -> None:
+    engine = engine_of(1, "fp32", world)
+    assert engine.weights(keep=True).keys() == SmallMethod().state_dict().keys()
+    assert engine.weights(keep=False) == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bf16_keeps_fp32_weights(world: World, reference: Any, stage: int) -> None:
+    engine = engine_of(stage, "bf16", world)
+    history = train(engine, world, 0, UPDATES)
+    # bf16 has 8 bits of mantissa: near the fp32 run, and not equal to it.
+    for mine, theirs in zip(history, reference[0], strict=True):
+        assert mine["applied"] == theirs["applied"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=3e-2, nan_ok=True)
+    assert history[0]["loss"] != reference[0][0]["loss"]
+    assert all(value.dtype == torch.float32 for value in engine.weights(keep=True).values())
+    assert all(value.dtype == torch.float32 for _, value in engine.optimizer_state())
+
+
+def test_fp16_halves_its_scale_and_resumes_with_it(world: World, tmp_path: Path) -> None:
+    engine = engine_of(1, "fp16", world)
+    assert engine.loss_scale == 2.0**16
+    history = train(engine, world, 0, SAVED_AT)
+    assert not history[NAN_STEP]["applied"]
+    refused = sum(not h["applied"] for h in history)
+    assert engine.loss_scale == 2.0 ** (16 - refused)
+    assert save(tmp_path / "run", engine, world, SAVED_AT) is None
+    again = load(tmp_path / "run", 1, "fp16", world)
+    assert again.loss_scale == engine.loss_scale
+    expected, got = (train(e, world, SAVED_AT, UPDATES) for e in (engine, again))
+    assert [h["loss"] for h in got[:1]] == [h["loss"] for h in expected[:1]]
+    assert plain(again.weights(keep=True)) == plain(engine.weights(keep=True))
+
+
+def test_fp16_needs_a_stage_that_scales_the_loss(world: World) -> None:
+    with pytest.raises(ConfigError, match="fp16 needs deepspeed=zero1"):
+        engine_of(0, "fp16", world)
+
+
+@pytest.mark.parametrize("field", ["gradient_clipping", "train_batch_size", "bf16", "optimizer"])
+def test_what_the_recipe_decides_is_refused_in_deepspeeds_block(world: World, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{field}: set by the recipe"):
+        Engine(SmallMethod(), OPTIMIZER, {"zero_optimization": {"stage": 1}, field: 1}, "fp32", world.device)
+
+
+class Given(Method):
+    """Parameters whose gradients are handed in through the batch."""
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        super().__init__(SmallConfig())
+        # Not a ParameterList: ZeRO 3 gathers the parameters of modules whose forward is called.
+        for i, parameter in enumerate(parameters):
+            self.register_parameter(f"given_{i}", torch.nn.Parameter(parameter))
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """A loss whose gradient with respect to parameter i is `extras[str(i)]`."""
+        return StepOutput(sum((p * batch.extras[str(i)]).sum() for i, p in enumerate(self.parameters())), {})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adamw_and_clipping_against_fairseq(world: World, stage: int) -> None:
+    facts = json.loads((FIXTURES / "optim_fairseq.json").read_text())
+    tensors = load_file(FIXTURES / "optim_fairseq.safetensors")
+    adam = facts["config"]["adam"]
+    config = OptimizerConfig("adamw", 0, adam["betas"], adam["eps"], adam["weight_decay"], facts["config"]["clip_norm"])
+    method = Given([tensors["in.param_0"].clone(), tensors["in.param_1"].clone()])
+    engine = Engine(method, config, {"zero_optimization": {"stage": stage}}, "fp32", world.device)
+    for step, lr in enumerate(adam["lr_per_step"]):
+        gradients = {str(i): tensors[f"in.grad_{step}_{i}"] for i in range(2)}
+        batch = Batch(torch.zeros(1, 1), torch.ones(1), 1, torch.zeros(1), extras=gradients)
+        engine.backward(engine.forward(batch).loss, last=True)
+        assert engine.step(lr, torch.zeros(()))
+        assert engine.grad_norm == pytest.approx(facts["scalars"]["grad_norm_before_clip"][step], rel=1e-5)
+        weights = engine.weights(keep=True)
+        for i in range(2):
+            torch.testing.assert_close(weights[f"given_{i}"], tensors[f"out.param_{step}_{i}"], rtol=0, atol=2e-6)
+
+
+def test_a_refused_update_leaves_weights_and_moments(world: World) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = SkippableAdamW([{"params": [parameter], "lr": 0.1}], world.device, OPTIMIZER)
+    for gradient, skip, moved in ((1.0, 0.0, True), (1.0, 1.0, False), (math.inf, 0.0, False), (math.nan, 0.0, False)):
+        before = {"weight": parameter.detach().clone(), **{k: v.clone() for k, v in optimizer.state[parameter].items()}}
+        parameter.grad = torch.full((3,), gradient)
+        optimizer.skip = torch.tensor(skip)
+        optimizer.step()
+        after = {"weight": parameter.detach(), **optimizer.state[parameter]}
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert bool(changed) == moved, (gradient, skip, changed)
+        assert bool(optimizer.found_inf) != moved

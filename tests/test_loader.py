@@ -1,0 +1,198 @@
+"""Reading: the same batches for every number of workers, and files that cannot be read."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from small_run import write_data
+
+from pretrain.config import compose_recipe, typed
+from pretrain.data.audio import AudioError
+from pretrain.data.labels import LabelSet
+from pretrain.data.loader import MAX_REPLACEMENTS, MicroBatchReader, batches, check_files
+from pretrain.data.manifest import Manifest
+from pretrain.data.plan import MicroBatch, Plan, rank_share
+from pretrain.method import Batch, Example
+from recipes.hubert.method import HubertConfig, HubertMethod
+
+
+def make_reader(folder: Path, seed: int = 3) -> MicroBatchReader:
+    """The train split of `folder`, read as a HuBERT recipe would."""
+    manifest = Manifest.read(folder / "data" / "train.tsv")
+    collator = HubertMethod.collator(typed(HubertConfig, compose_recipe("hubert_tiny")["method"]))
+    plan = Plan(
+        manifest.lengths,
+        min_seconds=0.5,
+        max_seconds=1.0,
+        seconds_per_micro_batch=2.5,
+        stride_samples=320,
+        receptive_field_samples=400,
+        seed=seed,
+    )
+    return MicroBatchReader(manifest, [LabelSet.open(folder / "labels", "train", manifest)], plan, collator, seed)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def own_corpus(corpus: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(corpus, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "data" / "train.tsv"
+    _, rows = manifest.read_text().split("\n", 1)
+    manifest.write_text(f"{tmp_path / 'copy' / 'data'}\n{rows}")
+    return tmp_path / "copy"
+
+
+class Keep:
+    """A collator that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        self.examples = examples
+        return Batch(torch.zeros(1), torch.zeros(1), 0, torch.zeros(1))
+
+
+def read(reader: MicroBatchReader, count: int, workers: int, first_step: int = 0) -> list[Batch]:
+    return list(islice(batches(reader, rank_share(reader.plan, first_step, 4, 0, 1), workers, False), count))
+
+
+def same(left: Batch, right: Batch) -> bool:
+    tensors = [{"waveforms": b.waveforms, "lengths": b.lengths, "rows": b.rows, **b.extras} for b in (left, right)]
+    facts = [(b.sample_size, b.padded, b.problems) for b in (left, right)]
+    return facts[0] == facts[1] and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(corpus: Path, workers: int) -> None:
+    reader = make_reader(corpus)
+    # Two epochs and a part, so that the wrap is in it.
+    count = 2 * reader.plan.batches_per_epoch + 3
+    alone, shared = read(reader, count, 0), read(reader, count, workers)
+    assert len(alone) == len(shared) == count
+    assert all(same(left, right) for left, right in zip(alone, shared, strict=True))
+
+
+def test_a_restart_reads_on_where_the_run_stood(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    from_start, restarted = read(reader, 12, 0), read(make_reader(corpus), 4, 1, first_step=2)
+    assert all(same(left, right) for left, right in zip(from_start[8:], restarted, strict=True))
+
+
+def test_nothing_is_padded_and_every_row_comes_once(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    read_batches = read(reader, reader.plan.batches_per_epoch, 0)
+    assert not any(batch.padded for batch in read_batches)
+    assert sorted(torch.cat([batch.rows for batch in read_batches]).tolist()) == reader.plan.rows.tolist()
+
+
+def test_an_examples_randomness_follows_from_seed_epoch_and_row(corpus: Path) -> None:
+    """Whatever else is in its batch: crop start and generator."""
+    reader = make_reader(corpus)
+    row = int(np.argmax(reader.manifest.lengths))
+
+    def draw(epoch: int, with_rows: list[int], reader: MicroBatchReader = reader) -> tuple[int, float, np.ndarray]:
+        kept: list[Example] = []
+        reader.collator = lambda examples: (
+            kept.extend(examples) or Batch(torch.zeros(1), torch.zeros(1), 0, torch.zeros(1))
+        )
+        reader[MicroBatch(epoch, np.array(with_rows), 8_400)]
+        example = next(e for e in kept if e.row == row)
+        return example.start, example.rng.random(), example.waveform.numpy()
+
+    start, number, waveform = draw(0, [row])
+    again = draw(0, [0, row, 2])
+    assert again[:2] == (start, number)
+    np.testing.assert_array_equal(again[2], waveform)
+    others = [draw(epoch, [row]) for epoch in range(1, 6)]
+    assert len({start, *(other[0] for other in others)}) > 2
+    assert len({number, *(other[1] for other in others)}) == 6
+    assert draw(0, [row], make_reader(corpus, seed=4))[1] != number
+    # The crop is the file's, at the place that the example says, and on the frame grid.
+    whole, _ = soundfile.read(reader.manifest.path(row), dtype="float32")
+    np.testing.assert_array_equal(waveform, whole[start : start + 8_400])
+    assert start % 320 == 0
+
+
+def test_crop_starts_reach_both_ends(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    row = int(np.argmax(reader.manifest.lengths))
+    crop = 8_400
+    starts = {reader._example(MicroBatch(epoch, np.array([row]), crop), row).start for epoch in range(400)}
+    assert starts == set(range(0, int(reader.manifest.lengths[row]) - crop + 1, 320))
+
+
+HARM = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "noise": lambda path: path.write_bytes(b"\x07" * 5000),
+    "nan": lambda path: soundfile.write(path, np.full(24_000, np.nan, np.float32), 16_000, subtype="FLOAT"),
+    "short": lambda path: soundfile.write(path, np.zeros(100, np.float32), 16_000),
+}
+
+
+@pytest.mark.parametrize("kind", HARM)
+def test_an_unreadable_file_is_replaced_and_reported(own_corpus: Path, kind: str) -> None:
+    reader = make_reader(own_corpus)
+    planned = reader.plan.micro_batch(0)
+    bad = int(planned.rows[0])
+    HARM[kind](Path(reader.manifest.path(bad)))
+    batch = reader[planned]
+    assert batch.waveforms.shape == (len(planned.rows), planned.crop_samples)
+    assert bad not in batch.rows.tolist()
+    assert batch.rows[1:].tolist() == planned.rows[1:].tolist()
+    assert len(batch.problems) >= 1
+    assert all(problem.startswith(f"{reader.manifest.path(bad)}: ") for problem in batch.problems)
+    # The report travels through a worker as it does without one.
+    [shared] = batches(reader, [planned], 1, False)
+    assert same(batch, shared)
+
+
+def test_a_replacement_takes_its_own_labels(own_corpus: Path) -> None:
+    reader = make_reader(own_corpus)
+    planned = reader.plan.micro_batch(0)
+    Path(reader.manifest.path(int(planned.rows[0]))).unlink()
+    reader.collator = kept = Keep()
+    reader[planned]
+    assert len(kept.examples) == len(planned.rows)
+    for example in kept.examples:
+        np.testing.assert_array_equal(example.labels[0], reader.label_sets[0][example.row])
+
+
+def test_a_corpus_that_cannot_be_read_at_all_stops(own_corpus: Path) -> None:
+    reader = make_reader(own_corpus)
+    for row in range(len(reader.manifest)):
+        Path(reader.manifest.path(row)).unlink()
+    with pytest.raises(AudioError, match=rf"and {MAX_REPLACEMENTS - 1} drawn in its place could not be read"):
+        reader[reader.plan.micro_batch(0)]
+
+
+def test_files_that_are_gone_are_refused_at_the_start(own_corpus: Path) -> None:
+    manifest = Manifest.read(own_corpus / "data" / "train.tsv")
+    check_files(manifest, "train")
+    gone = manifest.path(3)
+    Path(gone).unlink()
+    with pytest.raises(AudioError, match=r"train\.tsv: lists files that do not exist") as error:
+        check_files(manifest, "train")
+    assert gone in str(error.value)
+    assert manifest.path(4) not in str(error.value)
+
+
+def test_what_a_worker_receives_is_small(corpus: Path) -> None:
+    """Workers get numbers and paths: no audio, no labels, no network."""
+    reader = make_reader(corpus)
+    assert len(pickle.dumps(reader.collator)) < 1_000
+    assert len(pickle.dumps(reader.label_sets)) < 2_000

@@ -1,0 +1,59 @@
+"""Time and memory beside other projects, in one run and interleaved: a table on the terminal, JSON in `output`.
+
+python tools/benchmark.py task=step recipe=hubert_base batch=4 seconds=5 threads=2 rounds=7 precision=fp32,bf16 \\
+    peers=transformers,torchaudio,fairseq output=benchmark.json      # compile=true for the compiled encoder
+python tools/benchmark.py task=loader recipe=hubert_base data.dir=data/speech workers=0,2
+python tools/benchmark.py task=labels features=mfcc clusters=100 data.dir=data/speech hours=1 [alignments=phones.tsv]
+
+Peers that cannot be imported are left out and named. fairseq on today's Python, without touching this environment:
+`pip install --no-deps --target /tmp/peers fairseq-fixed bitarray sacrebleu portalocker tabulate colorama lxml`, then
+`PYTHONPATH=/tmp/peers python tools/benchmark.py ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads must not count as work
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.bench.labels import LabelBenchOptions, measure_labels
+from pretrain.bench.loader import LoaderOptions, measure_loaders
+from pretrain.bench.step import StepOptions, measure_steps
+from pretrain.bench.timing import markdown
+from pretrain.config import nearest, parse_cli
+from pretrain.errors import UserError
+
+TASKS = {
+    "step": (StepOptions, measure_steps),
+    "loader": (LoaderOptions, measure_loaders),
+    "labels": (LabelBenchOptions, measure_labels),
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    arguments = sys.argv[1:]
+    task = next((value.removeprefix("task=") for value in arguments if value.startswith("task=")), "step")
+    if task not in TASKS:
+        raise SystemExit(f"benchmark.py: task: unknown task '{task}'; {nearest(task, list(TASKS))}")
+    options_class, measure = TASKS[task]
+    options = parse_cli(options_class, arguments, __doc__)
+    try:
+        result = measure(options)
+    except UserError as error:
+        raise SystemExit(f"benchmark.py: {error}") from None
+    print(", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "\n")
+    print(markdown(result["rows"]) + "\n\n" + result["note"])
+    for name, reason in result["absent"].items():
+        print(f"Not measured: {name} ({reason})")
+    if options.output is not None:
+        Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
