@@ -46,10 +46,11 @@ def join_world() -> World:
 
 
 def share_cores(world: World, threads: int | None) -> None:
-    """Give each rank its part of this machine's cores, unless `threads` or OMP_NUM_THREADS says how many."""
+    """Give each rank its part of this machine's cores, unless `threads`, OMP_NUM_THREADS or Slurm says how many."""
     if threads is None and "OMP_NUM_THREADS" in os.environ and world.local_size == 1:
         return
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    bound = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+    torch.set_num_threads(threads or bound or max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
 def from_main(value: Any) -> Any:

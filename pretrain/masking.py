@@ -14,19 +14,16 @@ def span_mask(rng: np.random.Generator, frames: int, mask_prob: float, mask_leng
     """Frames of one row that are hidden: (frames,) bool, a union of spans of `mask_length` frames.
 
     The number of spans is `mask_prob * frames / mask_length`, rounded up or down at random. Starts are distinct and
-    leave the last frame out, as in fairseq. A row too short for its spans gets shorter ones; raises UserError where
-    every frame would be hidden.
+    leave the last frame out, as in fairseq. A row too short for its spans gets shorter ones, where fairseq's reach the
+    end and may hide every frame. Raises UserError where not even spans of one frame fit.
     """
     spans = max(min_masks, int(mask_prob * frames / mask_length + rng.random()))
-    shortest = mask_length if frames - mask_length > spans else frames - spans - 1
-    if shortest < 1:
+    length = mask_length if frames - mask_length > spans else frames - spans - 1
+    if length < 1:
         raise UserError(f"{frames} frames are too few for {spans} masked spans; raise crop.min_seconds")
-    starts = rng.choice(frames - shortest, size=spans, replace=False)
     mask = np.zeros(frames, dtype=bool)
-    for start in starts:
-        mask[start : start + mask_length] = True
-    if mask.all():
-        raise UserError(f"all {frames} frames are masked; lower mask_prob or raise crop.min_seconds")
+    for start in rng.choice(frames - length, size=spans, replace=False):
+        mask[start : start + length] = True
     return mask
 
 

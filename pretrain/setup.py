@@ -69,7 +69,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
             engine.load_optimizer_state(read, {"adam_step": state.adam_step, "loss_scale": state.loss_scale})
     if world.is_main:
         _keep_kmeans(corpus.kmeans_dir, config.run_dir / "kmeans")
-    return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, [*corpus.notes, *notes])
+    return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, notes, corpus.notes)
 
 
 def _reader(config: RunConfig, split: Split, collator: Collator) -> MicroBatchReader:

@@ -45,7 +45,9 @@ class Trainer:
         state: checkpoint.RunState,
         world: World,
         notes: list[str],
+        reminders: list[str],
     ) -> None:
+        """`notes` are said at the start, `reminders` first of all and again at the end."""
         self.config = config
         self.resolved = resolved
         self.engine = engine
@@ -54,7 +56,8 @@ class Trainer:
         self.valid_reader = valid_reader
         self.state = state
         self.world = world
-        self.notes = notes
+        self.notes = [*reminders, *notes]
+        self.reminders = reminders
         self.accumulation = config.batch.accumulation(world.size)
         self.last_update = min(schedule.total_updates, config.trainer.stop_after_updates or schedule.total_updates)
         self.metrics = Accumulator()
@@ -109,7 +112,7 @@ class Trainer:
             if advanced and self.valid_reader and (update % trainer.validate_every == 0 or done):
                 self._validate()
             if stop or save or done or (advanced and update % trainer.save_every == 0):
-                self._save()
+                self._save(last=stop or done)
             if stop and not done:
                 return EXIT_STOPPED
         return 0
@@ -258,11 +261,16 @@ class Trainer:
             self._say(f"update {self.state.update}: validation: {numbers}")
         self.throughput.restart()
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
+        """Raises CheckpointError where the process' last checkpoint cannot be written: it must not seem finished."""
         scalars = self.engine.scalars()
         self.state.adam_step, self.state.loss_scale = scalars["adam_step"], scalars["loss_scale"]
         keep = self.config.trainer.keep_checkpoints
         problem = checkpoint.save(self.config.run_dir, self.engine, self.state, self.resolved, self.world, keep)
+        if problem and last:
+            raise checkpoint.CheckpointError(
+                f"{problem}; the older checkpoints are intact: make room, and the same command goes on from the newest"
+            )
         if problem:
             self._say(f"CHECKPOINT NOT WRITTEN, the older ones are intact, training goes on: {problem}")
         self._saved_at = time.monotonic()
@@ -306,7 +314,7 @@ class Trainer:
         return [
             f"{outcome}: update {self.state.update} of {self.schedule.total_updates}; checkpoints in "
             f"{run_dir / 'checkpoints'}, curves in {run_dir / 'tensorboard'}",
-            *self.notes[:1],
+            *self.reminders,
         ]
 
     def _say(self, *lines: str) -> None:

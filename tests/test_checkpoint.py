@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,17 +224,37 @@ def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     assert "init_from=" in message
 
 
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path, engine: Engine, world: World) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file in the way")
+    problem = save(tmp_path / "run", engine, world, 1)
+    assert problem is not None
+    assert str(tmp_path / "run" / "checkpoints") in problem
+
+
+# Holds the lock, and leaves a child that outlives it as data workers outlive a killed trainer.
+HOLDER = """
+import os, pathlib, sys, time
+from pretrain.checkpoint import run_lock
+with run_lock(pathlib.Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(120)
+"""
+
+
 def test_the_lock_names_its_holder_and_falls_with_it(tmp_path: Path) -> None:
-    script = (
-        "import sys, pathlib; from pretrain.checkpoint import run_lock\nwith run_lock(pathlib.Path(sys.argv[1])):\n"
-    )
-    script += "    print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == b"held"
-        with pytest.raises(CheckpointError, match=rf"in use by process {holder.pid} on {os.uname().nodename}"):
-            run_lock(tmp_path / "run").__enter__()
-        holder.kill()
-    with run_lock(tmp_path / "run"):
-        assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(CheckpointError, match=rf"in use by process {holder.pid} on {os.uname().nodename}"):
+                run_lock(tmp_path / "run").__enter__()
+            holder.kill()
+            holder.wait()
+            with run_lock(tmp_path / "run"):
+                assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
+        finally:
+            os.kill(child, signal.SIGKILL)

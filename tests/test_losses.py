@@ -55,7 +55,7 @@ def test_a_perfect_and_a_uniform_prediction() -> None:
     targets = torch.arange(8)
     loss, correct = prediction_loss(cosine_logits(3.0 * codebook, codebook, TEMPERATURE), targets)
     # Cosine 1 with its own class, 0 with the seven others.
-    assert loss.item() == pytest.approx(8 * math.log(1 + 7 * math.exp(-1 / TEMPERATURE)), rel=1e-4)
+    assert loss.item() == pytest.approx(8 * math.log(1 + 7 * math.exp(-1 / TEMPERATURE)), rel=1e-3)
     assert correct == 8
     loss, _ = prediction_loss(torch.zeros(5, 7), torch.arange(5))
     assert loss.item() == pytest.approx(5 * math.log(7))
@@ -67,10 +67,9 @@ def test_frames_without_a_target_are_not_scored() -> None:
     hidden = targets.clone()
     hidden[::3] = -1
     kept = hidden >= 0
-    assert prediction_loss(logits, hidden)[0].item() == pytest.approx(
-        prediction_loss(logits[kept], targets[kept])[0].item()
-    )
-    assert prediction_loss(logits, hidden)[1] == prediction_loss(logits[kept], targets[kept])[1]
+    some, chosen = prediction_loss(logits, hidden), prediction_loss(logits[kept], targets[kept])
+    assert some[0].item() == pytest.approx(chosen[0].item())
+    assert some[1] == chosen[1]
     empty, none_correct = prediction_loss(logits[:0], targets[:0])
     assert (empty.item(), none_correct.item()) == (0.0, 0)
 

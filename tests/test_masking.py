@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
+from pretrain.errors import UserError
 from pretrain.masking import equalise, span_mask
 
 DRAWS = 3000
@@ -36,12 +37,13 @@ def test_masked_share_is_fairseqs(frames: int, mask_prob: float, min_masks: int)
 def test_share_at_each_frame_is_transformers() -> None:
     frames, draws = 60, 4000
     np.random.seed(0)  # noqa: NPY002  # the peer draws from numpy's global generator
-    theirs = _compute_mask_indices((draws, frames), 0.65, 10, min_masks=2).mean(0)
-    ours = np.mean([span_mask(rng, frames, 0.65, 10, 2) for rng in rngs(draws)], axis=0)
-    # Two estimates of a probability near one half, from 4,000 draws each: five standard errors are 0.056.
-    # transformers lets a span begin one frame later, so the two differ where only the last start reaches.
-    assert np.abs(ours - theirs)[:-1].max() < 0.056
-    assert np.abs(ours - theirs)[:-1].mean() < 0.015
+    # The peer rounds its number of spans once a call.
+    theirs = np.concatenate([_compute_mask_indices((10, frames), 0.65, 10, min_masks=2) for _ in range(draws // 10)])
+    ours = np.array([span_mask(rng, frames, 0.65, 10, 2) for rng in rngs(draws)])
+    # transformers lets a span begin one frame later, so that ours are a little denser before the last frame.
+    # Two estimates of a probability near one half, from 4,000 draws each, are five standard errors apart at 0.056.
+    assert np.abs(ours.mean(0) - theirs.mean(0))[:-10].max() < 0.056
+    assert ours[:, :-10].mean() == pytest.approx(theirs[:, :-10].mean(), abs=0.015)
 
 
 @pytest.mark.parametrize("frames", [13, 25, 99, 499])
@@ -75,14 +77,14 @@ def test_the_number_of_spans_is_rounded_at_random() -> None:
 def test_short_rows_get_spans_that_leave_a_frame(frames: int, min_masks: int) -> None:
     for rng in rngs(200):
         mask = span_mask(rng, frames, 0.65, 10, min_masks)
-        assert 0 < mask.sum() < frames
+        assert mask.any()
+        assert not mask[-1]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_rows_too_short_for_any_span_are_refused(frames: int) -> None:
-    with pytest.raises(ValueError, match=r"too few for .* masked spans; raise crop\.min_seconds|are masked"):
-        for rng in rngs(50):
-            span_mask(rng, frames, 0.8, 10, 2)
+    with pytest.raises(UserError, match=r"too few for . masked spans; raise crop\.min_seconds"):
+        span_mask(np.random.default_rng(0), frames, 0.8, 10, 2)
 
 
 def test_the_same_generator_gives_the_same_mask() -> None:

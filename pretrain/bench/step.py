@@ -32,7 +32,7 @@ NOTE = (
 
 @dataclass
 class StepOptions:
-    """`batch` crops of `seconds`; `precision` and `peers` are lists with commas. The last peer is 1.00 on the `scale`.
+    """`batch` crops of `seconds`; `precision` and `peers` are lists with commas. The last peer is 1 on the scale.
 
     `memory` measures peak memory in a process per row; `device` is cpu, cuda or auto.
     """
@@ -133,10 +133,11 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
                 row["peak_gb"] = in_fresh_process(peak_of_step, options, name, precision)
             rows.append({"variant": name, "precision": precision, **row})
     add_ratios(rows, OURS, group="precision")
-    reference = next(row["wall_seconds"] for row in rows if row["variant"] == names[-1])
+    reference = next(row for row in rows if row["variant"] == names[-1])
     for row in rows:
-        row["scale"] = row["wall_seconds"] / reference
-    note = f"{NOTE} The scale is wall time over that of {names[-1]} in {options.precisions[0]}."
+        for kind in ("wall", "cpu"):
+            row[f"scale_{kind}"] = row[f"{kind}_seconds"] / reference[f"{kind}_seconds"]
+    note = f"{NOTE} On the scale, {names[-1]} in {options.precisions[0]} is 1."
     return {"task": "step", "note": note, "environment": machine, "rows": rows, "absent": absent}
 
 

@@ -1,0 +1,210 @@
+"""Strict configuration: every wrong option is refused with its name, the nearest names and the fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from small_run import environment
+
+from pretrain.config import (
+    BatchConfig,
+    ConfigError,
+    check_overrides,
+    compose_recipe,
+    parse_cli,
+    recipe_names,
+    resolve_data_dir,
+    run_config,
+    save_yaml,
+)
+
+TINY = compose_recipe("hubert_tiny")
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """hubert_tiny as plain data, with keys of the top level replaced."""
+    return TINY | changes
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_a_complete_configuration(recipe: str) -> None:
+    config = run_config(compose_recipe(recipe, ["data.dir=somewhere"]))
+    assert config.recipe == recipe
+    assert config.run_dir == Path("outputs") / recipe
+    assert config.batch.seconds_per_micro_batch >= config.crop.max_seconds
+
+
+def test_the_name_decides_the_run_folder() -> None:
+    assert run_config(tiny(name="iter1", output_dir="/data/out")).run_dir == Path("/data/out/iter1")
+
+
+def test_overrides_reach_the_configuration() -> None:
+    options = ["optimizer.lr=0.5", "data=librispeech_960", "trainer.compile=true", "deepspeed=zero3"]
+    config = run_config(compose_recipe("hubert_tiny", options))
+    assert config.optimizer.lr == 0.5
+    assert config.data.name == "librispeech_960"
+    assert config.trainer.compile is True
+    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=hubert_bse"], r"recipe: unknown recipe 'hubert_bse'; did you mean hubert_base"),
+        (["recipe=zzz"], r"recipe: unknown recipe 'zzz'; known: hubert"),
+        ([], r"recipe: missing; say recipe=<name>; known: hubert"),
+        (["optimizer.lr=1"], r"recipe: missing"),
+        (["recipe=hubert_tiny", "optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),
+        (["recipe=hubert_tiny", "+optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),
+        (["recipe=hubert_tiny", "++optimizer.lrr=1"], r"optimizer\.lrr: no such option"),
+        (["recipe=hubert_tiny", "method.mask_lenght=5"], r"did you mean method\.mask_length"),
+        (["recipe=hubert_tiny", "batchsize=5"], r"batchsize: no such option; did you mean batch"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_nearest_names(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_overrides(arguments)
+
+
+def test_right_arguments_pass() -> None:
+    arguments = ["recipe=hubert_tiny", "data=custom", "data.dir=/x", "name=a=b", "hydra.verbose=true", "--cfg", "job"]
+    check_overrides(
+        [*arguments, "deepspeed.zero_optimization.overlap_comm=true", "~data.labels", "trainer.profile=true"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser": {}}, r"optimiser: no such option; did you mean optimizer"),
+        (
+            {"trainer": tiny()["trainer"] | {"log_evry": 1}},
+            r"trainer\.log_evry: no such option; did you mean .*log_every",
+        ),
+        ({"trainer": tiny()["trainer"] | {"log_every": 0}}, r"trainer\.log_every: 0 is not a positive number"),
+        ({"batch": {"seconds_per_micro_batch": 5.0}}, r"batch\.micro_batches_per_step: missing"),
+        ({"batch": {"seconds_per_micro_batch": "x", "micro_batches_per_step": 1}}, r"batch\.seconds_per_micro_batch"),
+        ({"batch": {"seconds_per_micro_batch": -1.0, "micro_batches_per_step": 1}}, r"batch: .* positive"),
+        (
+            {"crop": {"min_seconds": 3.0, "max_seconds": 2.0}},
+            r"crop: need 0 < min_seconds <= max_seconds, not 3\.0",
+        ),
+        ({"optimizer": TINY["optimizer"] | {"name": "adam"}}, r"optimizer\.name: unknown optimiser 'adam'"),
+        ({"precision": "fp8"}, r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
+        ({"init_head": "drop"}, r"init_head: 'drop' is not one of keep, reset"),
+        ({"method": {}}, r"method\.name: missing; choose a recipe"),
+    ],
+)
+def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_config(tiny(**changes))
+
+
+def test_what_a_recipe_left_open_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.dir: missing; state it"):
+        run_config(compose_recipe("hubert_tiny", ["data=custom"]))
+
+
+def test_a_world_size_that_does_not_divide_the_batch_lists_those_that_do() -> None:
+    batch = BatchConfig(seconds_per_micro_batch=87.5, micro_batches_per_step=12)
+    assert [batch.accumulation(n) for n in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+    for wrong in (5, 8, 24):
+        with pytest.raises(ConfigError) as error:
+            batch.accumulation(wrong)
+        assert f"12 micro-batches cannot be shared by {wrong} ranks" in str(error.value)
+        assert "run on 1, 2, 3, 4, 6, 12 ranks" in str(error.value)
+        assert "1050 seconds" in str(error.value)
+
+
+def test_label_directories_may_be_none_one_or_many() -> None:
+    data = TINY["data"]
+    for labels, expected in ((None, []), ("a", [Path("a")]), (["a", "b"], [Path("a"), Path("b")])):
+        assert run_config(tiny(data=data | {"labels": labels})).data.label_dirs() == expected
+
+
+def test_the_sample_and_folders_of_manifests(tmp_path: Path) -> None:
+    assert (resolve_data_dir("sample") / "train.tsv").is_file()
+    with pytest.raises(ConfigError, match=r"data\.dir: .* has no train\.tsv; run python tools/prepare_manifest\.py"):
+        resolve_data_dir(str(tmp_path))
+    (tmp_path / "train.tsv").touch()
+    assert resolve_data_dir(str(tmp_path)) == tmp_path
+
+
+def test_a_saved_configuration_reads_back(tmp_path: Path) -> None:
+    values = tiny(name="Bäume")
+    save_yaml(values, tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == values
+
+
+@dataclass
+class Inner:
+    """A nested block."""
+
+    dir: str
+    parts: list[int] = field(default_factory=lambda: [1, 2])
+
+
+@dataclass
+class Tool:
+    """A tool's options."""
+
+    data: Inner
+    clusters: int
+    output: str = "out"
+    ratio: float = 0.5
+    name: str | None = None
+
+
+def test_a_tools_arguments_are_typed() -> None:
+    tool = parse_cli(Tool, ["data.dir=/x", "clusters=100", "ratio=1", "data.parts=[3]"])
+    assert tool == Tool(Inner("/x", [3]), 100, "out", 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clusters=1", "data.dir=x", "cluster=2"], r"cluster: no such option; did you mean clusters"),
+        (["clusters=1", "data.dri=x"], r"data\.dri: no such option; did you mean dir"),
+        (["clusters=many", "data.dir=x"], r"clusters"),
+        (["clusters=1"], r"data.*: missing"),
+        (["data.dir=x"], r"clusters: missing"),
+        (["clusters", "1"], r"clusters: arguments have the form key=value; --help lists the keys"),
+    ],
+)
+def test_a_tools_wrong_arguments_end_it_with_a_sentence(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        parse_cli(Tool, arguments)
+
+
+def test_a_tools_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_cli(Tool, ["--help"], "Does things.")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Does things.")
+    for line in (r"data.dir", r"data.parts", "clusters", "required", "default 0.5", "default [1, 2]"):
+        assert line in printed
+
+
+def train_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_the_entry_point_prints_a_recipe_and_refuses_wrong_ones() -> None:
+    printed = train_script("recipe=hubert_tiny", "optimizer.lr=0.25", "--cfg", "job")
+    assert printed.returncode == 0, printed.stderr
+    values = yaml.safe_load(printed.stdout)
+    assert values["optimizer"]["lr"] == 0.25
+    assert values["method"]["name"] == "hubert"
+    refused = train_script("recipe=hubert_tiny", "+optimizer.lrr=1")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: optimizer.lrr: no such option; did you mean optimizer.lr")
+    assert "Traceback" not in refused.stderr

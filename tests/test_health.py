@@ -1,0 +1,85 @@
+"""The sentences of the health monitor, and when it stops a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.health import HOPELESS_INTERVALS, HealthMonitor, HopelessRun
+
+HEALTHY = {
+    "loss": 3.2,
+    "accuracy_masked": 0.3,
+    "labels_perplexity": 38.0,
+    "predictions_perplexity": 12.0,
+    "target_variance": 0.4,
+    "gradient_norm": 2.0,
+}
+
+
+def check(update: int, clip_norm: float = 10.0, **changes: float) -> list[str]:
+    return HealthMonitor(clip_norm).check(update, HEALTHY | changes)
+
+
+@pytest.mark.parametrize("update", [1, 100, 5000])
+def test_a_healthy_run_hears_nothing(update: int) -> None:
+    assert check(update) == []
+    assert HealthMonitor(10.0).check(update, {"loss": 3.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"labels_perplexity": 1.02}, "the training labels are nearly all the same (labels_perplexity 1.02)"),
+        ({"target_variance": 1e-6}, "target_variance is 1e-06: the targets have collapsed"),
+        ({"loss": math.nan}, "the loss is not finite"),
+        ({"loss": math.inf}, "the loss is not finite"),
+    ],
+)
+def test_a_fatal_sign_is_told_at_once_and_stops_the_run_when_it_lasts(changes: dict[str, float], sentence: str) -> None:
+    monitor = HealthMonitor(10.0)
+    for update in range(1, HOPELESS_INTERVALS):
+        [line] = monitor.check(update, HEALTHY | changes)
+        assert sentence in line
+    with pytest.raises(HopelessRun) as error:
+        monitor.check(HOPELESS_INTERVALS, HEALTHY | changes)
+    assert f"update {HOPELESS_INTERVALS}: " in str(error.value)
+    assert sentence in str(error.value)
+    # A sentence and an exit status, not a traceback.
+    assert isinstance(error.value, UserError)
+
+
+def test_a_sign_that_passes_is_forgiven() -> None:
+    monitor = HealthMonitor(10.0)
+    for update in range(10 * HOPELESS_INTERVALS):
+        ill = update % HOPELESS_INTERVALS != 0
+        lines = monitor.check(update, HEALTHY | ({"labels_perplexity": 1.1} if ill else {}))
+        assert bool(lines) == ill
+
+
+def test_two_different_signs_do_not_add_up() -> None:
+    monitor = HealthMonitor(10.0)
+    for update in range(10):
+        changes = {"labels_perplexity": 1.1} if update % 2 else {"target_variance": 0.0}
+        assert len(monitor.check(update, HEALTHY | changes)) == 1
+
+
+def test_too_good_too_early() -> None:
+    [line] = check(200, accuracy_masked=0.999)
+    assert "accuracy_masked is 0.999 after 200 updates: too good" in line
+    assert check(100_000, accuracy_masked=0.999) == []
+
+
+def test_one_class_is_predicted_late_in_training() -> None:
+    assert check(100, predictions_perplexity=1.0) == []
+    [line] = check(10_000, predictions_perplexity=1.0)
+    assert "the network predicts one class" in line
+
+
+def test_the_gradient_norm_leaves_its_band() -> None:
+    [line] = check(100, gradient_norm=5000.0)
+    assert "the gradient norm is 5e+03, 500 times the clipping norm" in line
+    # Without clipping there is no band.
+    assert check(100, clip_norm=0.0, gradient_norm=5000.0) == []
