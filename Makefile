@@ -43,7 +43,7 @@ demo: .venv/installed ## the whole pipeline on the embedded sample, a few minute
 	@$(BIN)/python tools/demo.py
 
 test: .venv/installed-test ## every test but the slow ones
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 test-slow: .venv/installed-test ## the long proofs
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -12,13 +12,12 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig, typed
-from pretrain.data.corpus import Corpus, Split, open_corpus
-from pretrain.data.loader import MicroBatchReader
-from pretrain.data.plan import Plan
+from pretrain.data.corpus import Corpus, open_corpus
+from pretrain.data.loader import planned_reader
 from pretrain.distributed import World, join_world, share_cores
 from pretrain.engine import Engine
 from pretrain.memory import probe_memory
-from pretrain.method import Collator, Method, load_method
+from pretrain.method import Method, load_method
 from pretrain.schedule import build_schedule
 from pretrain.trainer import Trainer
 from pretrain.weights import initialise
@@ -40,8 +39,9 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
         method_config = method_class.adapt(method_config, corpus.labels)
     resolved = {**asdict(config), "method": asdict(method_config)}
     collator = method_class.collator(method_config)
-    reader = _reader(config, corpus.train, collator)
-    valid_reader = _reader(config, corpus.valid, collator) if corpus.valid else None
+    train, valid = corpus.train, corpus.valid
+    reader = planned_reader(config, train.manifest, train.label_sets, collator)
+    valid_reader = planned_reader(config, valid.manifest, valid.label_sets, collator) if valid else None
 
     if world.is_main:
         resources.enter_context(checkpoint.run_lock(config.run_dir))
@@ -70,19 +70,6 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     if world.is_main:
         _keep_kmeans(corpus.kmeans_dir, config.run_dir / "kmeans")
     return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, notes, corpus.notes)
-
-
-def _reader(config: RunConfig, split: Split, collator: Collator) -> MicroBatchReader:
-    plan = Plan(
-        split.manifest.lengths,
-        min_seconds=config.crop.min_seconds,
-        max_seconds=config.crop.max_seconds,
-        seconds_per_micro_batch=config.batch.seconds_per_micro_batch,
-        stride_samples=collator.stride_samples,
-        receptive_field_samples=collator.receptive_field_samples,
-        seed=config.seed,
-    )
-    return MicroBatchReader(split.manifest, split.label_sets, plan, collator, config.seed)
 
 
 def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from pretrain.checkpoint import CheckpointError, check_identity, damage, find_re
 from pretrain.distributed import World
 from pretrain.engine import Engine
 
+# With `--dist loadgroup` one worker launches the two ranks for this file and test_engine.py.
+pytestmark = pytest.mark.xdist_group("two_ranks")
+
 
 @pytest.fixture(scope="module")
 def engine(world: World) -> Engine:

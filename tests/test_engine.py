@@ -32,6 +32,8 @@ from pretrain.engine import Engine, SkippableAdamW
 from pretrain.method import Batch, Method, StepOutput
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# With `--dist loadgroup` one worker launches the two ranks for this file and test_checkpoint.py.
+pytestmark = pytest.mark.xdist_group("two_ranks")
 
 
 def assert_same_run(ours: dict[str, Any], history: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:

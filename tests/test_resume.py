@@ -13,6 +13,8 @@ from small_run import UPDATES, checkpoints, metrics, run, run_until, write_data
 from torch import Tensor, equal
 
 LAST = f"step_{UPDATES:08d}"
+# With `--dist loadgroup` one worker makes the runs that the tests compare with.
+pytestmark = pytest.mark.xdist_group("resume")
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from pretrain.bench.timing import Row, add_ratios, environment, interleaved
 from pretrain.config import ConfigError, compose_recipe, resolve_data_dir, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE, audio_info
 from pretrain.data.labels import LabelSet, write_labels
-from pretrain.data.loader import MicroBatchReader, batches
+from pretrain.data.loader import MicroBatchReader, batches, planned_reader
 from pretrain.data.manifest import Manifest
-from pretrain.data.plan import MicroBatch, Plan
+from pretrain.data.plan import MicroBatch
 from pretrain.method import LabelInfo, Method, load_method
 
 OURS = "headwater"
@@ -150,17 +150,7 @@ def _our_reader(recipe: str, manifest: Manifest, folder: Path) -> MicroBatchRead
     for index, count in enumerate(classes):
         write_labels(folder / str(index), LABEL_RATE_HZ, count, {"train": (manifest, _random_labels(manifest, count))})
         label_sets.append(LabelSet.open(folder / str(index), "train", manifest))
-    collator = method_class.collator(method_config)
-    plan = Plan(
-        manifest.lengths,
-        min_seconds=config.crop.min_seconds,
-        max_seconds=config.crop.max_seconds,
-        seconds_per_micro_batch=config.batch.seconds_per_micro_batch,
-        stride_samples=collator.stride_samples,
-        receptive_field_samples=collator.receptive_field_samples,
-        seed=config.seed,
-    )
-    return MicroBatchReader(manifest, label_sets, plan, collator, config.seed)
+    return planned_reader(config, manifest, label_sets, method_class.collator(method_config))
 
 
 def _random_labels(manifest: Manifest, classes: int) -> Iterator[np.ndarray]:

@@ -25,6 +25,7 @@ AV_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", 
 BLOCK_SAMPLES = 1 << 21  # whole files are resampled in blocks of 131 s, so that an hour costs little memory
 # After a seek into the last page libsndfile 1.2 may be one block off (its issue 885). A page holds at most 255
 # packets, and a packet of libvorbis at most 1024 frames: this far before the crop the seek is exact.
+NEAR_FRAMES = 3 * SAMPLE_RATE
 VORBIS_PREROLL_FRAMES = 256 * 1024
 MAX_KERNEL_SIZE = 1 << 25
 PREPARE_AGAIN = "run tools/prepare_manifest.py again, or take the row out of the manifest"
@@ -74,8 +75,10 @@ class _SoundFileReader:
     def read(self, start: int, count: int) -> np.ndarray:
         position = self._file.tell()
         if position != start:
-            position = max(0, start - self._preroll)
-            self._file.seek(position)
+            # Decoding a few seconds costs less than a seek in compressed audio.
+            target = 0 if start <= NEAR_FRAMES else max(0, start - self._preroll)
+            if target != position:
+                position = self._file.seek(target)
         # A whole-file call keeps reading where it stands, hence no pre-roll.
         block = self._file.read(start - position + count, dtype="float32", always_2d=True)[start - position :]
         return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)

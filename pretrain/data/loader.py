@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pretrain.config import RunConfig
 from pretrain.data.audio import AudioError, read_audio
 from pretrain.data.labels import LabelSet
 from pretrain.data.manifest import Manifest
@@ -58,6 +59,22 @@ class MicroBatchReader(Dataset[Batch]):
         waveform = read_audio(self.manifest.path(row), start, micro_batch.crop_samples)
         labels = [label_set[row] for label_set in self.label_sets]
         return Example(torch.from_numpy(waveform), row, start, labels, rng)
+
+
+def planned_reader(
+    config: RunConfig, manifest: Manifest, label_sets: list[LabelSet], collator: Collator
+) -> MicroBatchReader:
+    """The reader that a run of `config` uses on one split, with its plan."""
+    plan = Plan(
+        manifest.lengths,
+        min_seconds=config.crop.min_seconds,
+        max_seconds=config.crop.max_seconds,
+        seconds_per_micro_batch=config.batch.seconds_per_micro_batch,
+        stride_samples=collator.stride_samples,
+        receptive_field_samples=collator.receptive_field_samples,
+        seed=config.seed,
+    )
+    return MicroBatchReader(manifest, label_sets, plan, collator, config.seed)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
