@@ -20,6 +20,7 @@ from transformers import HubertConfig, HubertModel
 from pretrain.data.audio import read_audio
 from pretrain.data.labels import LabelError, LabelSet
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.distributed import World
 from pretrain.features.mfcc import mfcc39
 from pretrain.kmeans.assign import nearest_centroids
 from pretrain.kmeans.features import FeatureError, FeatureSpec, UpstreamFeatures
@@ -383,16 +384,12 @@ def test_ensure_makes_labels_once_and_again_for_another_manifest(tmp_path: Path)
     assert len(LabelSet.open(output, "train", Manifest.read(tmp_path / "train.tsv"))) == 4
 
 
-def test_labels_are_made_inside_a_process_group_that_stays(tmp_path: Path) -> None:
+def test_labels_are_made_inside_a_process_group_that_stays(tmp_path: Path, world: World) -> None:
     """As the trainer calls it, with torch.distributed initialised."""
     broken_corpus(tmp_path, files=4, broken=0)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        ensure_mfcc_labels(tmp_path, tmp_path / "labels", clusters=4)
-        assert distributed.is_initialized()
-        assert len(LabelSet.open(tmp_path / "labels", "train", Manifest.read(tmp_path / "train.tsv"))) == 4
-    finally:
-        distributed.destroy_process_group()
+    ensure_mfcc_labels(tmp_path, tmp_path / "labels", clusters=4)
+    assert distributed.is_initialized()
+    assert len(LabelSet.open(tmp_path / "labels", "train", Manifest.read(tmp_path / "train.tsv"))) == 4
 
 
 def mboshi_manifests(source: Path, folder: Path) -> Path:
