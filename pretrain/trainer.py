@@ -314,7 +314,7 @@ class Trainer:
         return [
             f"{outcome}: update {self.state.update} of {self.schedule.total_updates}; checkpoints in "
             f"{run_dir / 'checkpoints'}, curves in {run_dir / 'tensorboard'}",
-            *self.reminders,
+            *reversed(self.reminders),
         ]
 
     def _say(self, *lines: str) -> None:

@@ -14,7 +14,7 @@ from pretrain.checkpoint import COMPLETE, damage, newest_checkpoint
 from pretrain.download import fetch, is_url
 from pretrain.interop.files import read_huggingface, read_json, read_safetensors, read_torch
 from pretrain.interop.types import Imported, InteropError, TrainedMethod
-from pretrain.method import Method, load_interop, method_names
+from pretrain.method import Encoder, Method, load_interop, load_method, method_names
 
 NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
 # Encoder fields that may differ between a checkpoint and the method it starts: no tensor and no layer hangs on them.
@@ -127,6 +127,14 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
         )
     method.load_state_dict({key: weights.head_state[key] for key in fresh}, strict=False)
     return [*done, f"head: {len(fresh)} tensors kept"]
+
+
+def load_encoder(path_or_url: str | Path, method_name: str | None = None) -> Encoder:
+    """The encoder behind `path_or_url`, weights loaded; raises InteropError as `read_weights` does."""
+    weights = read_weights(path_or_url, method_name)
+    encoder = load_method(weights.method_name).Encoder.from_config(weights.encoder_config)
+    load_strictly(encoder, weights.encoder_state, weights.origin)
+    return encoder
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:

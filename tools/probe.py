@@ -6,10 +6,13 @@ python tools/probe.py upstream=outputs/iter2 task=utterance labels=utterances.ts
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Before torch is loaded: threads that spin while they wait make a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pretrain.config import parse_cli
 from pretrain.errors import UserError

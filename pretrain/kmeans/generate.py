@@ -233,7 +233,9 @@ def _kmeans_model(
     share = keep_share(train.lengths[rows], extractor.rate_hz, fit_options)
     mine = rows[list(ranks.share(train.lengths[rows]))]
     stream = WaveformStream(train, options.data.max_bad_share, options.data.workers)
-    progress = tqdm(stream.read(mine), "sampling for k-means", len(mine), unit="file", disable=ranks.rank != 0)
+    progress = tqdm(
+        stream.read(mine), "sampling for k-means", len(mine), unit="file", disable=None if ranks.rank == 0 else True
+    )
     points, features = sample_points(extractor, progress, share, options.seed, ranks.device)
     joined = ranks.gather_rows(points)
     count = sum(ranks.gather(len(points)))
@@ -282,7 +284,9 @@ def _label_split(
     )
     writer = LabelWriter(work, split, model.num_clusters, shard=ranks.rank)
     features_of_rows = _features(rows, known, stream, model.extractor, ranks.device)
-    for row, features in tqdm(features_of_rows, f"labelling {split}", len(rows), unit="file", disable=ranks.rank != 0):
+    for row, features in tqdm(
+        features_of_rows, f"labelling {split}", len(rows), unit="file", disable=None if ranks.rank == 0 else True
+    ):
         if features is None:
             writer.write(np.empty(0, dtype=np.int64))
             continue

@@ -18,7 +18,7 @@ from pretrain.export import write_native
 from pretrain.kmeans.assign import nearest_centroids
 from pretrain.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
 from pretrain.method import Encoder
-from pretrain.upstream import Upstream
+from pretrain.weights import load_encoder
 
 FORMAT, VERSION = "headwater-kmeans", 1
 
@@ -94,7 +94,7 @@ class KMeansModel:
         except (OSError, SafetensorError, KeyError) as error:
             raise KMeansError(f"{directory}/centroids.safetensors: cannot be read ({error}); {REMEDY}") from None
         spec = FeatureSpec(**description["features"])
-        encoder = Upstream(spec.method, str(directory / "encoder")).encoder if spec.kind == "upstream" else None
+        encoder = load_encoder(directory / "encoder", spec.method) if spec.kind == "upstream" else None
         model = cls(centroids, make_extractor(spec, encoder))
         if model.sha256 != description["sha256"]:
             raise KMeansError(f"{directory}: the centroids are not those that kmeans.json describes; {REMEDY}")
