@@ -29,6 +29,7 @@ from torch import Tensor
 from pretrain.config import save_yaml
 from pretrain.distributed import World, all_agree, from_main
 from pretrain.errors import UserError
+from pretrain.interop.files import give_default_mode
 
 if TYPE_CHECKING:  # readers of checkpoints need no deepspeed
     from pretrain.engine import Engine
@@ -121,7 +122,8 @@ def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: 
 
 
 def _make_durable(path: Path) -> dict[str, Any]:
-    """Flush a file to the disk; its size and hash as read back."""
+    """Flush a file to the disk, readable as the umask says; its size and hash as read back."""
+    give_default_mode(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -15,7 +15,7 @@ from small_hubert import KINDS, finish, small_method, write_checkpoint
 from transformers import HubertConfig, HubertModel
 
 from pretrain.export import ExportConfig, export, write_native
-from pretrain.interop.files import read_huggingface, read_torch, write_torch
+from pretrain.interop.files import read_huggingface, read_torch, write_safetensors, write_torch
 from pretrain.interop.speech_encoder import parse_conv_layers
 from pretrain.interop.tables import KeyTable
 from pretrain.interop.types import InteropError
@@ -213,3 +213,9 @@ def test_a_head_that_does_not_fit_asks_for_a_reset(tmp_path: Path) -> None:
         initialise(other, str(tmp_path / "export"), "keep")
     initialise(other, str(step), "reset")
     assert torch.equal(other.label_embs_concat, torch.zeros(30, 12))
+
+
+def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "weights.safetensors", {"x": torch.zeros(2)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -125,6 +125,14 @@ def write_huggingface(directory: Path, model: HuggingFaceModel) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write contiguous CPU copies of `tensors`."""
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata)
+    give_default_mode(path)
+
+
+def give_default_mode(path: Path) -> None:
+    """Let the umask decide who reads `path`: safetensors makes files for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.export import write_native
+from pretrain.interop.files import write_safetensors
 from pretrain.kmeans.assign import nearest_centroids
 from pretrain.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
 from pretrain.method import Encoder
@@ -72,7 +73,7 @@ class KMeansModel:
     def save(self, directory: Path) -> None:
         """Write centroids.safetensors, encoder/ (a native export) where there is one, and last kmeans.json."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({"centroids": self.centroids.cpu().contiguous()}, directory / "centroids.safetensors")
+        write_safetensors(directory / "centroids.safetensors", {"centroids": self.centroids})
         if isinstance(self.extractor, UpstreamFeatures) and self.spec.method is not None:
             write_native(self.spec.method, self.extractor.encoder, directory / "encoder")
         description = {
