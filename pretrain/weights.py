@@ -211,7 +211,7 @@ def _foreign_file(path: Path, method_name: str | None) -> Weights:
     if method_name is None:
         raise InteropError(f"{path}: a .pt file does not name its method; give the method or recipe as well")
     try:
-        imported = interop_of(method_name).from_fairseq(read_torch(path))
+        imported = interop_of(method_name).from_pt(read_torch(path))
     except InteropError as error:
         raise InteropError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     return _imported(method_name, path, imported)

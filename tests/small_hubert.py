@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
 
 from pretrain.config import typed
 from recipes.hubert.method import HubertConfig, HubertMethod
@@ -63,25 +57,6 @@ def small_method(kind: str = KINDS[0], **encoder_changes: Any) -> HubertMethod:
         for parameter in method.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.05))
     return method.eval()
-
-
-def write_checkpoint(run: Path, method: HubertMethod, update: int = 100) -> Path:
-    """The files of a finished checkpoint that reading weights needs; returns the step's folder."""
-    step = run / "checkpoints" / f"step_{update:08d}"
-    step.mkdir(parents=True)
-    save_file(method.state_dict(), step / "model.safetensors")
-    (step / "config.yaml").write_text(yaml.safe_dump({"method": asdict(method.config)}))
-    finish(step)
-    return step
-
-
-def finish(step: Path) -> None:
-    """Write complete.json over the files that are there."""
-    files = {}
-    for path in step.iterdir():
-        content = path.read_bytes()
-        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (step / "complete.json").write_text(json.dumps({"files": files}))
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

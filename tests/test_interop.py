@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_checks import finish, write_checkpoint
 from safetensors.torch import save_file
-from small_hubert import KINDS, finish, small_method, write_checkpoint
+from small_hubert import KINDS, small_method
 from transformers import HubertConfig, HubertModel
 
 from pretrain.export import ExportConfig, export, write_native

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from audio_maker import babble, write_corpus
+from recipe_checks import write_checkpoint
 from sklearn.cluster import KMeans
-from small_hubert import KINDS, small_method, write_checkpoint
+from small_hubert import KINDS, small_method
 from torch import Tensor, distributed
 from transformers import HubertConfig, HubertModel
 

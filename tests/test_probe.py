@@ -14,6 +14,7 @@ import soundfile
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from small_hubert import small_method
 
 from pretrain.config import ConfigError, parse_cli
 from pretrain.data.manifest import write_manifest
@@ -29,7 +30,6 @@ from pretrain.probe.options import DataOptions, ProbeOptions, data_dir, output_d
 from pretrain.probe.report import Report, Score, write_report
 from pretrain.probe.run import run_probe
 from pretrain.probe.units import fitted_unit_score, unit_score
-from tests.small_hubert import small_method
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "utt\tstart_s\tend_s\tphone\n"

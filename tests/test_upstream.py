@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
+from recipe_checks import write_checkpoint
 from s3prl.nn import S3PRLUpstream
 from s3prl.upstream.hubert.hubert_model import HubertConfig as TheirConfig
 from s3prl.upstream.hubert.hubert_model import HubertModel as TheirModel
 from s3prl.upstream.hubert.hubert_model import HubertPretrainingConfig as TheirTask
-from small_hubert import KINDS, batch, small_method, write_checkpoint
+from small_hubert import KINDS, batch, small_method
 from transformers import AutoFeatureExtractor, HubertModel
 
 from pretrain import Upstream

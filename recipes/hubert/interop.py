@@ -23,7 +23,7 @@ def from_huggingface(model: HuggingFaceModel) -> Imported:
     return Imported(config, speech_encoder.state_from_huggingface(model.tensors, config, prefix="hubert"))
 
 
-def from_fairseq(checkpoint: Mapping[str, Any]) -> Imported:
+def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
     """A fairseq checkpoint, or s3prl's `hubert_local` form of it, as our encoder and heads.
 
     Raises InteropError for another model's checkpoint, and for options that our encoder or heads lack.

@@ -41,7 +41,7 @@ class Official:
     def _method(self) -> HubertMethod:
         model, criterion = self.facts["config"], self.facts["criterion"]
         state = {key.removeprefix("state."): v for key, v in self.tensors.items() if key.startswith("state.")}
-        imported = interop.from_fairseq({"cfg": {"model": model, "task": {"normalize": False}}, "model": state})
+        imported = interop.from_pt({"cfg": {"model": model, "task": {"normalize": False}}, "model": state})
         values = {
             "name": "hubert",
             "encoder": imported.encoder_config,

@@ -51,7 +51,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_official_weights_give_the_official_hidden_states(name: str) -> None:
     checkpoint, tensors = official(name)
-    imported = interop.from_fairseq(checkpoint)
+    imported = interop.from_pt(checkpoint)
     encoder = SpeechEncoder.from_config(imported.encoder_config).eval()
     encoder.load_state_dict(imported.encoder_state)
     lengths = (~tensors["in.padding_mask"]).sum(1)
@@ -67,13 +67,13 @@ def test_official_weights_give_the_official_hidden_states(name: str) -> None:
 @pytest.mark.parametrize(("name", "rows"), [(NAMES[0], [19]), (NAMES[1], [9, 15])])
 def test_fairseq_there_and_back(name: str, rows: list[int]) -> None:
     checkpoint, _ = official(name)
-    imported = interop.from_fairseq(checkpoint)
+    imported = interop.from_pt(checkpoint)
     exported = interop.to_s3prl(trained(imported, checkpoint, rows))
     assert same(exported["model_weight"], checkpoint["model"])
     # Four special symbols precede the clusters, and every row of the table has its symbol.
     assert [len(symbols) for symbols in exported["dictionaries_symbols"]] == [count + 4 for count in rows]
     assert sum(count + 4 for count in rows) == len(checkpoint["model"]["label_embs_concat"])
-    again = interop.from_fairseq(exported)
+    again = interop.from_pt(exported)
     assert again.encoder_config == imported.encoder_config
     assert same(again.encoder_state, imported.encoder_state)
     assert same(again.head_state, imported.head_state)
@@ -82,8 +82,8 @@ def test_fairseq_there_and_back(name: str, rows: list[int]) -> None:
 def test_a_checkpoint_from_before_fairseqs_cfg() -> None:
     checkpoint, _ = official(NAMES[0])
     flat = checkpoint["cfg"]["model"] | {"arch": "hubert", "normalize": True}
-    imported = interop.from_fairseq({"args": flat, "model": checkpoint["model"]})
-    assert imported.encoder_config == interop.from_fairseq(checkpoint).encoder_config | {"normalize": True}
+    imported = interop.from_pt({"args": flat, "model": checkpoint["model"]})
+    assert imported.encoder_config == interop.from_pt(checkpoint).encoder_config | {"normalize": True}
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -134,15 +134,15 @@ def test_what_cannot_be_imported_says_why() -> None:
     checkpoint, _ = official(NAMES[0])
     model = checkpoint["cfg"]["model"]
     with pytest.raises(InteropError, match="target_glu"):
-        interop.from_fairseq({**checkpoint, "cfg": {"model": model | {"target_glu": True}}})
+        interop.from_pt({**checkpoint, "cfg": {"model": model | {"target_glu": True}}})
     with pytest.raises(InteropError, match="layer_type: 'conformer'"):
-        interop.from_fairseq({**checkpoint, "cfg": {"model": model | {"layer_type": "conformer"}}})
+        interop.from_pt({**checkpoint, "cfg": {"model": model | {"layer_type": "conformer"}}})
     with pytest.raises(InteropError, match="'wav2vec2' is not a HuBERT model"):
-        interop.from_fairseq({**checkpoint, "cfg": {"model": model | {"_name": "wav2vec2"}}})
+        interop.from_pt({**checkpoint, "cfg": {"model": model | {"_name": "wav2vec2"}}})
     with pytest.raises(InteropError, match="dictionaries_symbols"):
-        interop.from_fairseq({"model_cfg": model, "task_cfg": {}, "model_weight": checkpoint["model"]})
+        interop.from_pt({"model_cfg": model, "task_cfg": {}, "model_weight": checkpoint["model"]})
     surplus = checkpoint["model"] | {"_ema.mask_emb": torch.zeros(24)}
     with pytest.raises(InteropError, match=r"_ema\.mask_emb"):
-        interop.from_fairseq({**checkpoint, "model": surplus})
+        interop.from_pt({**checkpoint, "model": surplus})
     with pytest.raises(InteropError, match="neither fairseq's"):
-        interop.from_fairseq({"state_dict": {}})
+        interop.from_pt({"state_dict": {}})

@@ -1,0 +1,118 @@
+"""What the tests of every method need: fixtures, a built method, a checkpoint of it, clients to compare with, a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from small_run import environment
+from torch import Tensor, nn
+
+from pretrain.config import compose_recipe, typed
+from pretrain.method import Method, StepOutput, load_method
+
+
+def load_fixture(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The facts (.json) and tensors (.safetensors) of one parity fixture."""
+    return json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors")
+
+
+def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    return {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
+
+
+def build(recipe: str, *overrides: str) -> Method:
+    """The method of a recipe, from seed 0."""
+    values = compose_recipe(recipe, list(overrides))["method"]
+    method_class: type[Method] = load_method(values["name"]).Method
+    torch.manual_seed(0)
+    return method_class(typed(method_class.Config, values, "method"))
+
+
+def on_meta(recipe: str) -> Method:
+    """The method of a recipe without memory, for counting."""
+    with torch.device("meta"):
+        return build(recipe)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def perturb(module: nn.Module, vector_scale: float = 0.2, matrix_scale: float = 0.05) -> None:
+    """Move every parameter off its initial value, so that biases and norms matter."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * (vector_scale if parameter.dim() == 1 else matrix_scale))
+
+
+def value(output: StepOutput, name: str) -> float:
+    """A ratio among the metrics of a step."""
+    total, weight = output.metrics[name]
+    return float(total) / float(weight)
+
+
+def write_checkpoint(run: Path, method: Method, update: int = 100) -> Path:
+    """The files of a finished checkpoint that reading weights needs; returns the step's folder."""
+    step = run / "checkpoints" / f"step_{update:08d}"
+    step.mkdir(parents=True)
+    save_file({key: tensor.contiguous() for key, tensor in method.state_dict().items()}, step / "model.safetensors")
+    (step / "config.yaml").write_text(yaml.safe_dump({"method": asdict(method.config)}))
+    finish(step)
+    return step
+
+
+def finish(step: Path) -> None:
+    """Write complete.json over the files that are there."""
+    files = {}
+    for path in step.iterdir():
+        content = path.read_bytes()
+        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (step / "complete.json").write_text(json.dumps({"files": files}))
+
+
+def two_waveforms(samples: int = 27_200, shorter: int = 16_079) -> tuple[Tensor, Tensor]:
+    """Waveforms (2, samples), the second zero after `shorter` samples, and their lengths (2,)."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([samples, shorter])
+    waveforms = 0.1 * torch.randn(2, samples, generator=generator) + 0.02
+    return waveforms * (torch.arange(samples) < lengths[:, None]), lengths
+
+
+def hidden_states(model: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """`model(*inputs)` in eval mode, without gradients."""
+    with torch.no_grad():
+        return model.eval()(*inputs)
+
+
+def assert_same_states(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, rtol: float = 1e-4) -> None:
+    """All hidden states within `rtol` of the state's largest value, and equal lengths: the two upstreams agree."""
+    our_states, our_lengths = hidden_states(ours, *inputs)
+    their_states, their_lengths = hidden_states(theirs, *inputs)
+    assert len(our_states) == len(their_states)
+    for our_length, their_length in zip(our_lengths, their_lengths, strict=True):
+        assert torch.equal(our_length, their_length)
+    for our_state, their_state in zip(our_states, their_states, strict=True):
+        assert our_state.shape == their_state.shape
+        assert (our_state - their_state).abs().max() <= rtol * their_state.abs().max()
+
+
+def train_recipe(recipe: str, folder: Path, *options: str) -> dict[str, float]:
+    """Run pretrain/train.py on the embedded sample in a process of its own; the metrics of the last validation."""
+    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), f"recipe={recipe}", f"output_dir={folder}"]
+    command += ["precision=fp32", "trainer.threads=1", "trainer.memory_probe=false", "data.workers=0", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("validation/") for name in line)][-1]
