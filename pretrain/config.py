@@ -28,14 +28,20 @@ class ConfigError(UserError):
 
 @dataclass
 class BatchConfig:
-    """The published batch: seconds of audio in one micro-batch, micro-batches in one optimiser update."""
+    """The published batch: seconds of audio in one micro-batch, micro-batches in one optimiser update.
+
+    `within` "speaker" fills each micro-batch with utterances of one speaker, as `data.speakers` tells them apart.
+    """
 
     seconds_per_micro_batch: float
     micro_batches_per_step: int
+    within: str | None = None
 
     def __post_init__(self) -> None:
         if self.seconds_per_micro_batch <= 0 or self.micro_batches_per_step < 1:
             raise ConfigError("batch: both fields must be positive")
+        if self.within not in (None, "speaker"):
+            raise ConfigError(f"batch.within: '{self.within}' is unknown; take speaker, or null for any utterances")
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and update. Raises ConfigError where the world size does not divide the batch."""
@@ -52,10 +58,14 @@ class BatchConfig:
 
 @dataclass
 class CropConfig:
-    """Utterances shorter than the minimum are left out; longer ones than the maximum are cropped."""
+    """Utterances shorter than the minimum are left out; longer ones than the maximum are cropped.
+
+    With `whole` the others are read to their end and padded; without it a micro-batch is cropped to its shortest.
+    """
 
     min_seconds: float
     max_seconds: float
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.min_seconds <= self.max_seconds:
@@ -79,8 +89,28 @@ class OptimizerConfig:
 
 
 @dataclass
+class CorpusConfig:
+    """One of `data.corpora`: `tag` is its name or language, the rest as in `data`; `weight` its share of the audio."""
+
+    tag: str
+    dir: str
+    labels: Any = None
+    transcripts: str | None = None
+    weight: float | None = None
+
+    def label_dirs(self) -> list[Path]:
+        """The label directories, one per label set."""
+        return _paths(self.labels)
+
+
+@dataclass
 class DataConfig:
-    """Where the audio and its labels are. `labels` is a label directory, a list of them, or null."""
+    """Where the audio and its labels are. `labels` is a label directory, a list of them, or null.
+
+    `speakers` (for `batch.within`) is the place of the speaker in a path, or a table; `transcripts` a table of symbol
+    strings and `dictionary` the file that numbers their symbols; in these paths `{dir}` stands for the corpus' folder
+    and `{split}` for train or valid. `corpora` takes the place of `dir`, `labels` and `transcripts`.
+    """
 
     name: str
     dir: str | None
@@ -88,11 +118,44 @@ class DataConfig:
     label_rate_hz: int | None
     workers: int
     max_bad_share: float
+    speakers: Any = None
+    transcripts: str | None = None
+    dictionary: str | None = None
+    corpora: Any = None
+    sampling_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling_alpha is not None and self.sampling_alpha < 0:
+            raise ConfigError(
+                f"data.sampling_alpha: {self.sampling_alpha:g} is negative; 1 is natural, 0 makes all equal"
+            )
+        if self.corpora is None:
+            return
+        entries = [vars(entry) if is_dataclass(entry) else entry for entry in self.corpora]
+        self.corpora = [typed(CorpusConfig, entry, f"data.corpora[{i}]") for i, entry in enumerate(entries)]
+        self._check_corpora()
+
+    def _check_corpora(self) -> None:
+        for name in ("dir", "labels", "transcripts"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"data.{name}: given together with data.corpora; leave it out (data=corpora does)")
+        tags = [corpus.tag for corpus in self.corpora]
+        if not tags or len(set(tags)) < len(tags):
+            raise ConfigError(f"data.corpora: the tags are {tags}; list at least one corpus, each tag once")
+        weights = [corpus.weight for corpus in self.corpora if corpus.weight is not None]
+        if weights and (len(weights) < len(tags) or min(weights) <= 0 or self.sampling_alpha is not None):
+            raise ConfigError(
+                "data.corpora: weight: give every corpus a positive one, without data.sampling_alpha, or none of them"
+            )
 
     def label_dirs(self) -> list[Path]:
         """The label directories, one per label set."""
-        names = [] if self.labels is None else [self.labels] if isinstance(self.labels, str) else list(self.labels)
-        return [Path(name) for name in names]
+        return _paths(self.labels)
+
+
+def _paths(names: Any) -> list[Path]:
+    """None, one name or a list of them as paths."""
+    return [Path(name) for name in ([] if names is None else [names] if isinstance(names, str) else names)]
 
 
 @dataclass
@@ -112,8 +175,16 @@ class TrainerConfig:
     profile: bool
     health: bool
     threads: int | None
+    checkpoint_activations: bool
+    dry_run: bool
+    dry_run_device: str
+    dry_run_ranks: int | None
 
     def __post_init__(self) -> None:
+        if self.dry_run_device not in ("cuda", "cpu"):
+            raise ConfigError(f"trainer.dry_run_device: '{self.dry_run_device}' is not one of cuda, cpu")
+        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
+            raise ConfigError(f"trainer.dry_run_ranks: {self.dry_run_ranks} is not a positive number")
         for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_validation_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number")
@@ -246,12 +317,12 @@ def _flat_keys(values: dict[str, Any], prefix: str = "") -> set[str]:
     return keys
 
 
-def resolve_data_dir(directory: str) -> Path:
-    """`sample` is the embedded sample; anything else is a folder with train.tsv. Raises ConfigError."""
+def resolve_data_dir(directory: str, where: str = "data.dir") -> Path:
+    """`sample` is the embedded sample; anything else is a folder with train.tsv. Raises ConfigError about `where`."""
     path = SAMPLE_DIR if directory == "sample" else Path(directory)
     if not (path / "train.tsv").is_file():
         raise ConfigError(
-            f"data.dir: {path} has no train.tsv; run python tools/prepare_manifest.py audio_dir=<audio> output={path}"
+            f"{where}: {path} has no train.tsv; run python tools/prepare_manifest.py audio_dir=<audio> output={path}"
         )
     return path
 

@@ -140,6 +140,7 @@ class Engine:
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name/moment, whole fp32 tensor) of every trained parameter; a collective call on all ranks."""
+        self._link_moments()
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 yield f"{name}/{moment}", self._moment(parameter, moment).cpu().contiguous()
@@ -151,6 +152,7 @@ class Engine:
     def load_optimizer_state(self, read: Any, scalars: dict[str, float]) -> None:
         """Put back what `optimizer_state` gave, at any world size and ZeRO stage; `read(key)` returns a tensor."""
         self._make_moments()
+        self._link_moments()
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, read(f"{name}/{moment}"))
@@ -170,6 +172,16 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             self.backward(sum(p.sum() for p in parameters) * 0.0, last=True)
         self.step(0.0, torch.zeros_like(self._adamw.skip))
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find every parameter's moments.
+
+        ZeRO 1 and 2 (DeepSpeed 0.19.8) look for them once, after the first of several parameter groups has stepped,
+        when the other groups have none yet.
+        """
+        if self.zero_stage in (1, 2) and self._adamw.state:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if not self._adamw.state:  # no update was applied yet

@@ -5,11 +5,19 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import nearest
 from pretrain.download import file_sha256
-from pretrain.interop.files import new_directory, write_huggingface, write_json, write_safetensors, write_torch
-from pretrain.interop.types import InteropError, TrainedMethod
+from pretrain.interop.files import (
+    new_directory,
+    write_huggingface,
+    write_json,
+    write_named,
+    write_safetensors,
+    write_torch,
+)
+from pretrain.interop.types import InteropError, NamedFiles, TrainedMethod
 from pretrain.method import Encoder, load_interop, load_method
 from pretrain.weights import NATIVE_FORMAT, NATIVE_VERSION, interop_of, load_strictly, load_trained
 
@@ -37,15 +45,15 @@ def export(config: ExportConfig) -> str:
         raise InteropError(f"format: {trained.method_name} has no '{config.format}'; {nearest(config.format, formats)}")
     if config.kmeans is not None:
         trained = replace(trained, kmeans_dir=find_kmeans(Path(config.kmeans)))
-    output = Path(config.output)
+    output, usage = Path(config.output), ""
     if config.format == "native":
         write_native(trained.method_name, _encoder(trained, config.checkpoint), output, trained.kmeans_dir)
     elif config.format == "s3prl":
-        write_torch(output, interop_of(trained.method_name).to_s3prl(trained))
+        usage = _write_s3prl(output, interop_of(trained.method_name).to_s3prl(trained))
     else:
         write_huggingface(output, interop_of(trained.method_name).to_huggingface(trained))
     units = " with its k-means model" if config.format == "native" and trained.kmeans_dir else ""
-    return f"{output}: {trained.method_name} in {config.format} format{units}"
+    return f"{output}: {trained.method_name} in {config.format} format{units}{usage}"
 
 
 def formats_of(method_name: str) -> list[str]:
@@ -72,6 +80,15 @@ def write_native(method_name: str, encoder: Encoder, directory: Path, kmeans_dir
             "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
         }
         write_json(folder / "config.json", content)
+
+
+def _write_s3prl(output: Path, content: dict[str, Any] | NamedFiles) -> str:
+    """One file, or a directory of those that s3prl reads together; returns how to use it, where that needs saying."""
+    if isinstance(content, NamedFiles):
+        write_named(output, content)
+        return f"; {content.usage}"
+    write_torch(output, content)
+    return ""
 
 
 def find_kmeans(path: Path) -> Path:

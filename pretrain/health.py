@@ -1,20 +1,26 @@
 """Says in plain words when a run is ill, and stops it when it cannot recover.
 
-Works on the names that metrics carry by convention: `loss`, `accuracy*`, `*_perplexity` of a histogram, `*_variance`
+Works on the names that metrics carry by convention: `loss`, `accuracy*` and the `chance` that `accuracy` must beat,
+`*_perplexity` of a histogram, `codes_<group>` of a codebook and its `prob_perplexity` summed over groups, `*_variance`
 of a target or a prediction.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from pretrain.errors import UserError
 
 EARLY_UPDATES = 2000
+# Contrastive methods need thousands of updates to leave chance behind with small batches; healthy runs have by then.
+STUCK_UPDATES = 5000
 TOO_GOOD_ACCURACY = 0.995
 COLLAPSED_PERPLEXITY = 1.5
 COLLAPSED_VARIANCE = 1e-4
+# Entries per group in use, below which a codebook is one vector; healthy runs dip to 5 or 10 at first.
+COLLAPSED_CODES = 1.05
 # Log intervals in a row in which a sign must hold before the run is stopped.
 HOPELESS_INTERVALS = 3
 
@@ -51,6 +57,8 @@ class HealthMonitor:
                 signs[name] = (
                     f"{name} is {value:.2g}: the targets have collapsed; lower the rate or raise the EMA decay"
                 )
+        if sentence := _collapsed_codebook(values):
+            signs["prob_perplexity"] = sentence
         if not math.isfinite(values.get("loss", 0.0)):
             signs["loss"] = "the loss is not finite; lower optimizer.lr, or use precision=bf16 or fp32"
         return signs
@@ -62,7 +70,26 @@ class HealthMonitor:
                 lines.append(f"{name} is {value:.3f} after {update} updates: too good; do targets leak into the input?")
             if name.endswith("predictions_perplexity") and value < COLLAPSED_PERPLEXITY and update > EARLY_UPDATES:
                 lines.append(f"the network predicts one class ({name} {value:.2f}); its rate may be too high")
+        accuracy, chance = values.get("accuracy", math.nan), values.get("chance", math.nan)
+        if update > STUCK_UPDATES and accuracy < 1.5 * chance:
+            lines.append(
+                f"accuracy {accuracy:.3f} is that of guessing ({chance:.3f}) after {update} updates, so nothing is "
+                "learned; lower optimizer.lr, or enlarge the batch"
+            )
         norm = values.get("gradient_norm", 0.0)
         if self.clip_norm and norm > 100 * self.clip_norm:
             lines.append(f"the gradient norm is {norm:.3g}, {norm / self.clip_norm:.0f} times the clipping norm")
         return lines
+
+
+def _collapsed_codebook(values: dict[str, float]) -> str | None:
+    """A sentence where every group of the codebook has come down to one entry."""
+    groups = sum(re.fullmatch(r"codes_\d+_perplexity", name) is not None for name in values)
+    perplexity = values.get("prob_perplexity", math.inf)
+    if perplexity >= COLLAPSED_CODES * groups:
+        return None
+    return (
+        f"the codebook has collapsed to one entry per group (prob_perplexity {perplexity:.2f} of {groups} groups), so "
+        f"targets are all alike and the accuracy, {values.get('accuracy', math.nan):.3f}, means nothing; lower "
+        "optimizer.lr, enlarge the batch, or raise the weight of the diversity"
+    )

@@ -27,6 +27,29 @@ def span_mask(rng: np.random.Generator, frames: int, mask_prob: float, mask_leng
     return mask
 
 
+def separate_span_mask(
+    rng: np.random.Generator, frames: int, mask_prob: float, mask_length: int, min_masks: int, min_space: int
+) -> np.ndarray:
+    """Frames of one row that are hidden: (frames,) bool, spans of `mask_length` with `min_space` or more in between.
+
+    As many spans as in `span_mask`, all arrangements equally likely; fairseq's `no_overlap` puts one span after the
+    other into what is left. A row too short for its spans gets fewer, and one too short for a span a shorter one, which
+    leaves a frame. Raises UserError for a row of one frame.
+    """
+    if frames < 2:
+        raise UserError(f"{frames} frame is too few for a masked span; raise crop.min_seconds")
+    length = min(mask_length, frames - 1)
+    spans = max(min_masks, int(mask_prob * frames / mask_length + rng.random()))
+    # One frame more than the spans and the spaces between them, so that never all of a row is hidden.
+    spans = max(1, min(spans, (frames - 1 + min_space) // (length + min_space)))
+    free = frames - spans * length - (spans - 1) * min_space
+    order = np.arange(spans)
+    starts = np.sort(rng.choice(free + spans, size=spans, replace=False)) - order + order * (length + min_space)
+    mask = np.zeros(frames, dtype=bool)
+    mask[(starts[:, None] + np.arange(length)).ravel()] = True
+    return mask
+
+
 def equalise(masks: list[np.ndarray], rngs: list[np.random.Generator]) -> list[np.ndarray]:
     """Cut every row to the smallest count of masked frames, by unhiding single frames at random.
 
@@ -40,3 +63,20 @@ def equalise(masks: list[np.ndarray], rngs: list[np.random.Generator]) -> list[n
         kept[rng.choice(hidden, size=target, replace=False)] = True
         equal.append(kept)
     return equal
+
+
+def equal_span_masks(
+    rngs: list[np.random.Generator],
+    valid: list[int],
+    frames: int,
+    mask_prob: float,
+    mask_length: int,
+    min_masks: int,
+) -> np.ndarray:
+    """The hidden frames of a batch: (B, frames) bool, equally many per row, none beyond a row's `valid` frames."""
+    masks = []
+    for rng, count in zip(rngs, valid, strict=True):
+        mask = np.zeros(frames, dtype=bool)
+        mask[:count] = span_mask(rng, count, mask_prob, mask_length, min_masks)
+        masks.append(mask)
+    return np.stack(equalise(masks, rngs))

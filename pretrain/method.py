@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +31,7 @@ class Example:
 
     `waveform` is (T,) float32 at 16 kHz; `start` is the crop's first sample, a multiple of the frame stride; `labels`
     holds one (F_total,) integer array per label set, for the whole utterance; `rng` is seeded by (seed, epoch, row).
+    `transcript` is (S,) int64 symbol ids of `data.dictionary`, None where the row is unlabelled or cropped.
     """
 
     waveform: Tensor
@@ -37,6 +39,7 @@ class Example:
     start: int
     labels: list[np.ndarray]
     rng: np.random.Generator
+    transcript: np.ndarray | None = None
 
 
 @dataclass
@@ -73,7 +76,9 @@ class Batch:
 class Collator(Protocol):
     """A picklable dataclass of plain numbers that turns examples into a batch, inside a loader worker.
 
-    `stride_samples` and `receptive_field_samples` describe the frame grid on which crops are placed.
+    `stride_samples` and `receptive_field_samples` describe the frame grid on which crops are placed. A collator
+    with an attribute `reads_audio` that is False works on labels alone: no file is opened, and `Example.waveform` has
+    the crop's length but holds only zeros, in the memory of one number (`pretrain.data.collate.silent_waveforms`).
     """
 
     stride_samples: int
@@ -123,10 +128,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """What a label set tells a method: labels per second and number of classes."""
+    """What a label set tells a method: labels per second, number of classes, and the directory that it lies in."""
 
     rate_hz: int
     num_classes: int
+    directory: Path | None = None
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Where a method's label directories come from: `kind` says what they hold, `command` (with `{dir}` for the data)
+    makes one, and `make(data_dir, output_dir)` makes that of the embedded sample under `output_dir`, on all ranks.
+    """
+
+    kind: str
+    command: str
+    make: Callable[[Path, Path], Path]
 
 
 class Encoder(nn.Module):
@@ -137,6 +154,8 @@ class Encoder(nn.Module):
 
     hidden_sizes: list[int]
     downsample_rates: list[int]
+    # Options, by dotted name, that may differ between weights and the encoder they start: no tensor depends on them.
+    free_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Encoder:
@@ -156,6 +175,13 @@ class Encoder(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile the parts of the network that repeat; encoders that gain nothing leave this as it is."""
+
+    def checkpoint_activations(self) -> None:
+        """Let training compute activations twice instead of keeping them. Raises UserError where that is not built."""
+        raise UserError(
+            f"trainer.checkpoint_activations: {type(self).__name__} cannot compute its activations again; leave it "
+            "off, or take a smaller batch.seconds_per_micro_batch"
+        )
 
 
 class Method(nn.Module):
@@ -180,6 +206,31 @@ class Method(nn.Module):
     @classmethod
     def adapt(cls, config: Any, labels: list[LabelInfo]) -> Any:
         """Fit the recipe's configuration to the label sets of this run; called before anything is built."""
+        return config
+
+    @classmethod
+    def label_source(cls, config: Any) -> LabelSource | None:
+        """How the labels are made that the recipe trains on; None is k-means, by tools/kmeans_labels.py."""
+        return None
+
+    def begin(self, labels: list[LabelInfo]) -> None:
+        """Take what else travels in the label directories, such as the weights of the network that made the labels.
+
+        Called where a run starts, after `init_from`; a run that resumes has it in its checkpoint.
+        """
+
+    @classmethod
+    def needs_transcripts(cls, config: Any) -> bool:
+        """Whether the recipe trains on `data.transcripts`."""
+        return False
+
+    @classmethod
+    def adapt_transcripts(cls, config: Any, symbols: list[str]) -> Any:
+        """Fit the configuration to the dictionary of this run's transcripts: symbol i of an `Example.transcript`.
+
+        Called before anything is built, where `needs_transcripts`; kept in the configuration, the symbols stay with
+        checkpoints and exports.
+        """
         return config
 
     @classmethod

@@ -40,6 +40,14 @@ class Schedule:
 
 
 @dataclass
+class Constant(Schedule):
+    """The peak to the end, after a linear ramp where there is a warm-up."""
+
+    def decay(self, progress: float) -> float:
+        return 1.0
+
+
+@dataclass
 class Linear(Schedule):
     """Straight down to zero."""
 
@@ -60,9 +68,15 @@ class Polynomial(Schedule):
 
 @dataclass
 class Cosine(Schedule):
-    """Half a cosine down to `end_factor` of the peak."""
+    """Warm-up from `init_factor`, then half a cosine down to `end_factor` of the peak."""
 
     end_factor: float = 0.0
+    init_factor: float = 0.0
+
+    def factor(self, update: int) -> float:
+        if update < self.warmup_updates:
+            return self.init_factor + (1.0 - self.init_factor) * update / self.warmup_updates
+        return super().factor(update)
 
     def decay(self, progress: float) -> float:
         return self.end_factor + (1.0 - self.end_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -95,6 +109,7 @@ class TriStage(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
     "linear": Linear,
     "polynomial": Polynomial,
     "cosine": Cosine,

@@ -14,6 +14,7 @@ from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
+from pretrain.data.transcripts import write_dictionary
 from pretrain.distributed import World, join_world, share_cores
 from pretrain.engine import Engine
 from pretrain.memory import probe_memory
@@ -32,16 +33,11 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     share_cores(world, config.trainer.threads)
     config.batch.accumulation(world.size)
     schedule = build_schedule(config.schedule)
-    method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed(method_class.Config, config.method, "method")
-    corpus = open_corpus(config.data, method_class.label_classes(method_config), Path(config.output_dir))
-    if corpus.labels:
-        method_config = method_class.adapt(method_config, corpus.labels)
+    method_class, method_config, corpus = open_run(config)
     resolved = {**asdict(config), "method": asdict(method_config)}
     collator = method_class.collator(method_config)
-    train, valid = corpus.train, corpus.valid
-    reader = planned_reader(config, train.manifest, train.label_sets, collator)
-    valid_reader = planned_reader(config, valid.manifest, valid.label_sets, collator) if valid else None
+    reader = planned_reader(config, corpus.train, collator, corpus.mix)
+    valid_reader = planned_reader(config, corpus.valid, collator) if corpus.valid else None
 
     if world.is_main:
         resources.enter_context(checkpoint.run_lock(config.run_dir))
@@ -52,15 +48,19 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     if found is None:
         state = checkpoint.RunState(0, 0, 0, 0.0, 1.0, identity)
         notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
+        method.begin(corpus.labels)
     else:
         state = checkpoint.load_state(found)
         checkpoint.check_identity(state.identity, identity, config.run_dir)
         method.load_state_dict(checkpoint.load_weights(found))
         notes.append(f"resuming from {found}: update {state.update}")
     method.to(world.device)
+    if config.trainer.checkpoint_activations:
+        method.encoder.checkpoint_activations()
     precision = resolve_precision(config.precision, world)
-    if config.trainer.memory_probe and config.deepspeed["zero_optimization"]["stage"] < 3:
-        notes.append(probe_memory(method, reader, precision, world, config.batch))
+    zero = config.deepspeed["zero_optimization"]
+    if config.trainer.memory_probe and zero["stage"] < 3:
+        notes.append(probe_memory(method, reader, precision, world, config.batch, zero))
     if config.trainer.compile or (config.trainer.compile is None and world.device.type == "cuda"):
         method.encoder.compile_regions()
     engine = Engine(method, config.optimizer, config.deepspeed, precision, world.device)
@@ -69,12 +69,47 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
             engine.load_optimizer_state(read, {"adam_step": state.adam_step, "loss_scale": state.loss_scale})
     if world.is_main:
         _keep_kmeans(corpus.kmeans_dir, config.run_dir / "kmeans")
+        if corpus.symbols:
+            write_dictionary(config.run_dir / "dict.phones.txt", corpus.symbols)
+    notes = [*corpus.facts, *notes]
     return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, notes, corpus.notes)
+
+
+def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method], Any, Corpus]:
+    """The method's class, its configuration fitted to the labels and transcripts of this run, and the data.
+
+    Without `with_labels` no label directory is opened, and the configuration keeps the recipe's classes. Raises
+    ConfigError where utterances with transcripts would be cropped.
+    """
+    method_class: type[Method] = load_method(config.method["name"]).Method
+    method_config = typed(method_class.Config, config.method, "method")
+    transcripts = method_class.needs_transcripts(method_config)
+    if transcripts and not config.crop.whole:
+        raise ConfigError(
+            "crop.whole: is false, but this recipe trains on transcripts of whole utterances; set it true"
+        )
+    classes = method_class.label_classes(method_config) if with_labels else []
+    by_speaker = config.batch.within == "speaker"
+    corpus = open_corpus(
+        config.data,
+        classes,
+        Path(config.output_dir),
+        by_speaker=by_speaker,
+        with_transcripts=transcripts,
+        label_source=method_class.label_source(method_config),
+    )
+    if corpus.labels:
+        method_config = method_class.adapt(method_config, corpus.labels)
+    if corpus.symbols:
+        method_config = method_class.adapt_transcripts(method_config, corpus.symbols)
+    return method_class, method_config, corpus
 
 
 def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
     """What may not change between two starts of one run; see `checkpoint.check_identity`."""
-    return {name: resolved[name] for name in ("method", "batch", "crop", "seed")} | corpus.identity()
+    # Options that runs begun before they existed lack count only where they are used.
+    batch, crop = ({k: v for k, v in resolved[name].items() if v not in (None, False)} for name in ("batch", "crop"))
+    return {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"]} | corpus.identity()
 
 
 def resolve_precision(precision: str, world: World) -> str:

@@ -26,13 +26,14 @@ from pretrain.errors import UserError
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def main(values: DictConfig) -> None:
     """Compose, check, train; leaves with status 75 when a signal stopped the run after a checkpoint."""
+    from pretrain.dry_run import dry_run
     from pretrain.setup import build_trainer  # imports deepspeed, which `--cfg job` does without
 
     recipe = HydraConfig.get().runtime.choices["recipe"]
     try:
         config = run_config({**OmegaConf.to_container(values, resolve=True), "recipe": recipe})
         with ExitStack() as resources:
-            status = build_trainer(config, resources).fit()
+            status = dry_run(config) if config.trainer.dry_run else build_trainer(config, resources).fit()
     except UserError as error:
         sys.exit(f"error: {error}")
     finally:

@@ -24,6 +24,7 @@ from pretrain.export import ExportConfig, export
 from pretrain.health import HealthMonitor, HopelessRun
 from pretrain.method import Batch, Progress
 from pretrain.metrics import Accumulator, Reporter, Throughput, short
+from pretrain.models.batch_norm import settle_statistics
 from pretrain.profiling import UpdateProfiler
 from pretrain.schedule import Schedule
 
@@ -78,6 +79,9 @@ class Trainer:
                 self.reporter = Reporter(self.config.run_dir, total, done, self.state.update)
                 stack.callback(self.reporter.close)
             self._say(*self._opening())
+            if self.reporter and self.reader.plan.shares:
+                shares = [share.scalars() for share in self.reader.plan.shares]
+                self.reporter.scalars({k: v for share in shares for k, v in share.items()}, self.state.update, "data")
             profiler = None
             if self.config.trainer.profile:
                 profiler = stack.enter_context(UpdateProfiler(self.config.run_dir, self.world.rank, self.world.device))
@@ -136,6 +140,7 @@ class Trainer:
             upcoming.append(next(incoming))
         lr = self.config.optimizer.lr * self.schedule.factor(state.update)
         applied = engine.step(lr, skip=(units == 0).float())
+        settle_statistics(engine.method, applied)
         state.step += 1
         if applied:
             state.update += 1
@@ -300,6 +305,7 @@ class Trainer:
             f"{len(plan.rows)} utterances, {plan.seconds_per_epoch / 3600:.2f} h per epoch after cropping "
             f"({plan.kept_share:.1%} kept); {seconds:.0f} s of audio per update, {epochs:.1f} epochs in "
             f"{self.schedule.total_updates} updates",
+            *(share.sentence() for share in plan.shares),
         ]
         if seconds < 0.6 * published:
             lines.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -17,17 +18,6 @@ from pretrain.interop.types import Imported, InteropError, TrainedMethod
 from pretrain.method import Encoder, Method, load_interop, load_method, method_names
 
 NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
-# Encoder fields that may differ between a checkpoint and the method it starts: no tensor and no layer hangs on them.
-_FREE_FIELDS = (
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "dropout_input",
-    "encoder_layerdrop",
-    "feature_grad_mult",
-    "normalize",
-    "frame_length_rule",
-)
 
 
 @dataclass(frozen=True)
@@ -53,18 +43,24 @@ def read_weights(path_or_url: str | Path, method_name: str | None = None, refres
     export or a Hugging Face directory. `method_name` is the method wanted; None takes the one that the source names,
     which a .pt file does not. Raises InteropError where the source is unreadable, incomplete or of another method.
     """
+    return _read(path_or_url, None if method_name is None else [method_name], refresh)
+
+
+def _read(path_or_url: str | Path, wanted: list[str] | None, refresh: bool = False) -> Weights:
+    """Weights of one of the methods `wanted`, the likeliest first; None is any."""
     path = fetch(path_or_url, refresh) if isinstance(path_or_url, str) and is_url(path_or_url) else Path(path_or_url)
     if path.is_file():
-        weights = _foreign_file(path, method_name)
+        weights = _foreign_file(path, wanted)
     elif not path.is_dir():
         raise InteropError(f"{path}: no such file or directory; give a run, an export, a Hugging Face folder or a .pt")
     elif (path / "config.json").is_file():
-        weights = _configured_directory(path, method_name)
+        weights = _configured_directory(path, wanted)
     else:
         weights = _run_or_checkpoint(path)
-    if method_name is not None and weights.method_name != method_name:
+    if wanted is not None and weights.method_name not in wanted:
+        names = " or ".join(f"'{name}'" for name in wanted)
         raise InteropError(
-            f"{path}: method: a checkpoint of '{weights.method_name}', not of '{method_name}'; "
+            f"{path}: method: a checkpoint of '{weights.method_name}', not of {names}; "
             f"name a recipe of {weights.method_name}, or give another checkpoint"
         )
     return weights
@@ -97,24 +93,19 @@ def load_trained(path: str | Path) -> TrainedMethod:
 def initialise(method: Method, init_from: str, head: str) -> list[str]:
     """Start `method` from the weights behind `init_from`: weights only, no optimiser state, no counters.
 
-    `head` says what becomes of the tensors outside the encoder: "keep" loads them and wants every shape to agree,
-    "reset" leaves them as they are. Returns sentences that say what was done. Raises InteropError where the
-    architectures differ, naming the first field that does.
+    The weights may be of another method with the same encoder. `head` says what becomes of the tensors outside the
+    encoder: "keep" loads them and wants every shape to agree, "reset" leaves them as they are. Returns sentences that
+    say what was done. Raises InteropError where the architectures differ, naming the first field that does.
     """
-    weights = read_weights(init_from, method.config.name)
-    ours = method.encoder.to_config()
-    for name, value in ours.items():
-        theirs = weights.encoder_config.get(name)
-        if name not in _FREE_FIELDS and theirs != value:
-            raise InteropError(
-                f"{weights.origin}: method.encoder.{name}: {theirs!r} there, {value!r} in the recipe; choose the "
-                "recipe that the weights were trained with, or set the field to their value"
-            )
+    own = method.config.name
+    weights = _read(init_from, [own, *_methods_sharing(type(method.encoder), own)])
+    done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}", *_compare(method.encoder, weights)]
     load_strictly(method.encoder, weights.encoder_state, weights.origin)
-    done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}"]
-    normalize = weights.encoder_config.get("normalize")
-    if normalize != ours.get("normalize"):
-        done.append(f"method.encoder.normalize: {normalize} there, {ours['normalize']} here; the recipe's is used")
+    if weights.method_name != own and head == "keep":
+        raise InteropError(
+            f"{weights.origin}: a checkpoint of '{weights.method_name}', whose heads are not those of '{own}'; "
+            "set init_head=reset"
+        )
     fresh = {key: value for key, value in method.state_dict().items() if not key.startswith("encoder.")}
     if head == "reset":
         return [*done, f"head: {len(fresh)} tensors drawn anew"]
@@ -127,6 +118,42 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
         )
     method.load_state_dict({key: weights.head_state[key] for key in fresh}, strict=False)
     return [*done, f"head: {len(fresh)} tensors kept"]
+
+
+def _methods_sharing(encoder_class: type[Encoder], own: str) -> list[str]:
+    """Other methods whose encoder is the same class."""
+    return [name for name in method_names() if name != own and load_method(name).Encoder is encoder_class]
+
+
+def _compare(encoder: Encoder, weights: Weights) -> list[str]:
+    """A sentence on the options in which the weights' encoder differs from `encoder`, where it may; none if in nothing.
+
+    Raises InteropError for the first other difference.
+    """
+    with torch.device("meta"):
+        # Through the class, so that weights from before a field existed get its default.
+        their_config = type(encoder).from_config(weights.encoder_config).to_config()
+    ours, theirs = _flat(encoder.to_config()), _flat(their_config)
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    for name in differing:
+        if name not in encoder.free_fields:
+            raise InteropError(
+                f"{weights.origin}: method.encoder.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} in the "
+                "recipe; choose the recipe that the weights were trained with, or set the field to their value"
+            )
+    listed = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)
+    return [f"the recipe's options of the encoder are used where they differ: {listed}"] if differing else []
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name, tuples as lists."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def load_encoder(path_or_url: str | Path, method_name: str | None = None) -> Encoder:
@@ -174,13 +201,13 @@ def _run_or_checkpoint(path: Path) -> Weights:
     )
 
 
-def _configured_directory(path: Path, method_name: str | None) -> Weights:
+def _configured_directory(path: Path, wanted: list[str] | None) -> Weights:
     config = read_json(path / "config.json")
     if config.get("format") == NATIVE_FORMAT:
         return _native(path, config)
     if "model_type" not in config:
         raise InteropError(f"{path / 'config.json'}: neither an export of ours nor of Hugging Face; give one of these")
-    return _huggingface(path, config["model_type"], method_name)
+    return _huggingface(path, config["model_type"], wanted)
 
 
 def _native(path: Path, config: dict[str, Any]) -> Weights:
@@ -198,8 +225,8 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
     )
 
 
-def _huggingface(path: Path, model_type: str, method_name: str | None) -> Weights:
-    candidates = method_names() if method_name is None else [method_name]
+def _huggingface(path: Path, model_type: str, wanted: list[str] | None) -> Weights:
+    candidates = method_names() if wanted is None else wanted
     for name in candidates:
         interop = load_interop(name)
         if interop is not None and model_type in getattr(interop, "HF_MODEL_TYPES", ()):
@@ -207,14 +234,18 @@ def _huggingface(path: Path, model_type: str, method_name: str | None) -> Weight
     raise InteropError(f"{path / 'config.json'}: model_type: '{model_type}' is no model of {', '.join(candidates)}")
 
 
-def _foreign_file(path: Path, method_name: str | None) -> Weights:
-    if method_name is None:
+def _foreign_file(path: Path, wanted: list[str] | None) -> Weights:
+    """The first of `wanted` that reads the file; where none does, the first one's reason is raised."""
+    if wanted is None:
         raise InteropError(f"{path}: a .pt file does not name its method; give the method or recipe as well")
-    try:
-        imported = interop_of(method_name).from_pt(read_torch(path))
-    except InteropError as error:
-        raise InteropError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
-    return _imported(method_name, path, imported)
+    checkpoint = read_torch(path)
+    reasons = []
+    for name in wanted:
+        try:
+            return _imported(name, path, interop_of(name).from_pt(checkpoint))
+        except InteropError as error:
+            reasons.append(error)
+    raise InteropError(f"{path}: {reasons[0]}") from reasons[0]
 
 
 def _imported(method_name: str, path: Path, imported: Imported) -> Weights:

@@ -36,7 +36,8 @@ class SmallConfig:
 class SmallMethod(Method):
     """Regression by two layers, in sizes that two ranks cannot share.
 
-    Beside them a buffer, a layer that is skipped now and then, and a parameter that never gets a gradient.
+    Beside them a buffer, a layer that is skipped now and then, and a parameter that never gets a gradient. Biases and
+    single numbers do not decay: the optimiser has two groups.
     """
 
     Config = SmallConfig
@@ -49,6 +50,11 @@ class SmallMethod(Method):
         self.sometimes = nn.Linear(8, 1)
         self.unused = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(1))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices decay by the optimiser's rate, vectors not."""
+        matrices, vectors = ([p for p in self.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
     def forward(self, batch: Batch) -> StepOutput:
         """Sum of squared errors; `extras["poison"]` (B,) reaches the gradient of `gain` alone.
@@ -101,7 +107,7 @@ def plain_torch() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The same run on one process with torch's own AdamW and clipping: history, final weights."""
     method, history = SmallMethod(), []
     trained = list(method.parameters())
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(method.parameter_groups(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     for step in range(UPDATES):
         loss = sum(method(micro_batch(step, index)).loss for index in range(MICRO_BATCHES))
         # DeepSpeed gives parameters that the loss does not reach a gradient of zero, so they decay.
@@ -111,7 +117,8 @@ def plain_torch() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         norm = nn.utils.clip_grad_norm_(trained, OPTIMIZER.clip_norm)
         applied = bool(norm.isfinite()) and step != EMPTY_STEP
         if applied:
-            optimizer.param_groups[0]["lr"] = rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
             optimizer.step()
         history.append({"loss": loss.item(), "norm": norm.item(), "applied": applied})
     return history, {name: value.detach() for name, value in method.state_dict().items()}

@@ -67,7 +67,7 @@ def test_peers_compute_our_loss_from_our_weights() -> None:
     encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
 
     huggingface = TransformersHubert(subject.config)
-    huggingface.model.load_state_dict(state_to_huggingface(encoder))
+    huggingface.model.load_state_dict(state_to_huggingface(encoder, ours.model.encoder.to_config()))
     head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
     assert huggingface.load_state_dict(head, strict=False).unexpected_keys == []
 

@@ -58,8 +58,8 @@ def test_overrides_reach_the_configuration() -> None:
     ("arguments", "message"),
     [
         (["recipe=hubert_bse"], r"recipe: unknown recipe 'hubert_bse'; did you mean hubert_base"),
-        (["recipe=zzz"], r"recipe: unknown recipe 'zzz'; known: hubert"),
-        ([], r"recipe: missing; say recipe=<name>; known: hubert"),
+        (["recipe=zzz"], r"recipe: unknown recipe 'zzz'; known: .*hubert"),
+        ([], r"recipe: missing; say recipe=<name>; known: .*hubert"),
         (["optimizer.lr=1"], r"recipe: missing"),
         (["recipe=hubert_tiny", "optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),
         (["recipe=hubert_tiny", "+optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),

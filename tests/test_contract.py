@@ -72,7 +72,18 @@ def test_an_alias_is_a_file_of_two_lines(recipe: str) -> None:
 
 
 # Published names that share another method's folder: the same network and loss on other data or with other heads.
-FOLDERS = {"wav2vec 2.0": "wav2vec2", "XLS-R": "wav2vec2", "Modified CPC": "cpc", "Bidirectional CPC": "cpc"}
+FOLDERS = {
+    "wav2vec 2.0": "wav2vec2",
+    "XLS-R": "wav2vec2",
+    "Modified CPC": "cpc",
+    "Bidirectional CPC": "cpc",
+    "vq-wav2vec": "wav2vec",
+    "TERA": "mockingjay",
+    "Audio ALBERT": "mockingjay",
+    "VQ-APC": "apc",
+    "Multi-target APC": "apc",
+    "DeCoAR 2.0": "decoar2",
+}
 
 
 def folder_of(method: str) -> str:

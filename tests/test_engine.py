@@ -24,7 +24,7 @@ from small_method import (
     plain_torch,
     train,
 )
-from two_ranks import CHANGES, STAGES, continued, load, save
+from two_ranks import CHANGES, STAGES, conformer_run, continued, load, save
 
 from pretrain.config import ConfigError, OptimizerConfig
 from pretrain.distributed import World
@@ -108,6 +108,13 @@ def test_a_hubert_whose_weights_are_shared_out(two_ranks: dict[str, Any]) -> Non
     """ZeRO 3 gathers weights where they are used: outside `forward` of their module, and for layers now skipped."""
     losses = two_ranks["hubert"]
     assert losses["3"] == pytest.approx(losses["1"], rel=1e-5)
+
+
+def test_a_conformer_on_any_number_of_ranks(two_ranks: dict[str, Any], world: World) -> None:
+    """ZeRO 3 on two ranks with activations computed twice, and ZeRO 1 on one rank, batch norm included."""
+    alone = conformer_run(world, {"stage": 1}, recompute=False)
+    for name in ("losses", "variance"):
+        assert two_ranks["conformer"][name] == pytest.approx(alone[name], rel=1e-5)
 
 
 def test_collectives(two_ranks: dict[str, Any]) -> None:

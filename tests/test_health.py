@@ -83,3 +83,27 @@ def test_the_gradient_norm_leaves_its_band() -> None:
     assert "the gradient norm is 5e+03, 500 times the clipping norm" in line
     # Without clipping there is no band.
     assert check(100, clip_norm=0.0, gradient_norm=5000.0) == []
+
+
+CODEBOOK = {"prob_perplexity": 2.03, "codes_0_perplexity": 1.0, "codes_1_perplexity": 1.0, "accuracy": 0.98}
+
+
+def test_a_collapsed_codebook_stops_the_run_however_good_the_accuracy() -> None:
+    monitor = HealthMonitor(10.0)
+    for update in range(1, HOPELESS_INTERVALS):
+        [line] = monitor.check(update, HEALTHY | CODEBOOK)
+        assert "collapsed to one entry per group (prob_perplexity 2.03 of 2 groups)" in line
+        assert "accuracy, 0.980, means nothing" in line
+    with pytest.raises(HopelessRun, match="collapsed to one entry"):
+        monitor.check(HOPELESS_INTERVALS, HEALTHY | CODEBOOK)
+    # The dip of a healthy start, and one group fewer.
+    assert check(500, **CODEBOOK | {"prob_perplexity": 9.0}) == []
+    assert check(500, prob_perplexity=2.03, codes_0_perplexity=2.0) == []
+
+
+def test_contrasts_that_stay_at_chance_are_told() -> None:
+    stuck = {"accuracy": 0.011, "chance": 0.0099, "prob_perplexity": 590.0}
+    assert check(1000, **stuck) == []
+    [line] = check(20_000, **stuck)
+    assert "accuracy 0.011 is that of guessing (0.010) after 20000 updates" in line
+    assert check(20_000, **stuck | {"accuracy": 0.12}) == []

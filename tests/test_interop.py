@@ -71,9 +71,15 @@ def test_conv_layers_are_read_without_running_them() -> None:
 
 def test_a_pickle_with_objects_is_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "stranger.pt"
-    torch.save({"model": {}, "args": argparse.Namespace(arch="hubert")}, path)
+    torch.save({"model": {}, "folder": tmp_path}, path)
     with pytest.raises(InteropError, match=r"stranger\.pt: it holds Python objects.*weights_only=False"):
         read_torch(path)
+
+
+def test_a_namespace_of_options_is_read_as_a_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"model": {"a": torch.ones(2)}, "args": argparse.Namespace(arch="hubert", lr=[0.1])}, path)
+    assert read_torch(path)["args"] == {"arch": "hubert", "lr": [0.1]}
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from small_run import write_data
 
 from pretrain.config import compose_recipe, typed
 from pretrain.data.audio import AudioError
+from pretrain.data.collate import silent_waveforms
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import MAX_REPLACEMENTS, MicroBatchReader, batches, check_files
 from pretrain.data.manifest import Manifest
@@ -124,6 +125,87 @@ def test_an_examples_randomness_follows_from_seed_epoch_and_row(corpus: Path) ->
     whole, _ = soundfile.read(reader.manifest.path(row), dtype="float32")
     np.testing.assert_array_equal(waveform, whole[start : start + 8_400])
     assert start % 320 == 0
+
+
+def test_a_row_that_comes_again_is_cropped_and_masked_anew(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    row = int(np.argmax(reader.manifest.lengths))
+    reader.collator = kept = Keep()
+    drawn = []
+    for epoch in range(5):
+        reader[MicroBatch(epoch, np.array([row, row, row]), 8_400, np.array([0, 1, 2]))]
+        drawn += [(example.start, example.rng.random()) for example in kept.examples]
+        reader[MicroBatch(epoch, np.array([row]), 8_400)]
+        # The first time is what it was before rows could come again.
+        assert (kept.examples[0].start, kept.examples[0].rng.random()) == drawn[-3]
+        expected = np.random.default_rng([reader.seed, epoch, row])
+        slack = int(reader.manifest.lengths[row]) - 8_400
+        assert int(expected.integers(slack // 320 + 1)) * 320 == drawn[-3][0]
+    assert len({number for _, number in drawn}) == 15
+    assert len({start for start, _ in drawn}) > 5
+
+
+def test_whole_utterances_are_read_to_their_end(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    reader.plan = Plan(
+        reader.manifest.lengths,
+        min_seconds=0.5,
+        max_seconds=1.2,
+        seconds_per_micro_batch=4.0,
+        stride_samples=320,
+        receptive_field_samples=400,
+        seed=3,
+        whole=True,
+    )
+    transcripts = [np.array([row]) for row in range(len(reader.manifest))]
+    reader.transcripts = transcripts  # type: ignore[assignment]
+    hubert, padded, cropped = reader.collator, 0, 0
+    for index in range(reader.plan.batches_per_epoch):
+        planned = reader.plan.micro_batch(index)
+        reader.collator = kept = Keep()
+        reader[planned]
+        for row, example in zip(planned.rows.tolist(), kept.examples, strict=True):
+            length = int(reader.manifest.lengths[row])
+            assert len(example.waveform) == min(length, 19_200)
+            assert example.start % 320 == 0
+            if length > 19_200:
+                cropped += 1
+                assert example.transcript is None  # of a part of the words nobody knows the symbols
+            else:
+                assert example.start == 0
+                assert example.transcript is transcripts[row]
+        reader.collator = hubert
+        batch = reader[planned]
+        padded += batch.padded
+        longest = int(np.minimum(reader.manifest.lengths[planned.rows], 19_200).max())
+        assert batch.waveforms.shape == (len(planned.rows), longest)
+    assert padded
+    assert cropped
+
+
+class LabelsOnly(Keep):
+    """A collator that looks at labels alone."""
+
+    reads_audio = False
+
+
+def test_a_collator_of_labels_opens_no_file(own_corpus: Path) -> None:
+    reader = make_reader(own_corpus)
+    planned = reader.plan.micro_batch(0)
+    reader.collator = heard = Keep()
+    reader[planned]
+    shutil.rmtree(own_corpus / "data" / "train")
+    reader.collator = kept = LabelsOnly()
+    assert reader[planned].problems == []
+    for example, other in zip(kept.examples, heard.examples, strict=True):
+        assert (example.row, example.start, len(example.waveform)) == (other.row, other.start, len(other.waveform))
+        np.testing.assert_array_equal(example.labels[0], other.labels[0])
+        assert not example.waveform.any()
+        assert example.waveform.untyped_storage().nbytes() == 4
+    waveforms, lengths, padded = silent_waveforms(kept.examples)
+    assert (waveforms.shape, padded) == ((len(planned.rows), planned.crop_samples), False)
+    assert lengths.tolist() == [planned.crop_samples] * len(planned.rows)
+    assert waveforms.untyped_storage().nbytes() == 4
 
 
 def test_crop_starts_reach_both_ends(corpus: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from pretrain.errors import UserError
-from pretrain.masking import equalise, span_mask
+from pretrain.masking import equalise, separate_span_mask, span_mask
 
 DRAWS = 3000
 # Masked share of a row, mean and standard deviation over rows, of fairseq's function [run]: T, p, min_masks.
@@ -113,3 +113,46 @@ def test_the_frames_that_are_unhidden_are_drawn_evenly() -> None:
     kept = np.mean([equalise([full, small], rngs(2, seed))[0] for seed in range(1000)], axis=0)
     assert not kept[60:].any()
     assert kept[:60] == pytest.approx(0.5, abs=0.08)
+
+
+def runs_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First frames of the hidden runs, and the frames after their last."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return edges[::2], edges[1::2]
+
+
+@pytest.mark.parametrize("min_space", [0, 1, 4])
+def test_separate_spans_keep_their_length_and_distance(min_space: int) -> None:
+    counts = []
+    for rng in rngs(500):
+        mask = separate_span_mask(rng, 205, 0.4, 10, 2, min_space)
+        counts.append(mask.sum() / 10)
+        starts, ends = runs_of(mask)
+        if min_space:
+            assert (ends - starts == 10).all()
+            assert (starts[1:] - ends[:-1] >= min_space).all()
+        else:
+            assert ((ends - starts) % 10 == 0).all()
+    # 0.4 * 205 / 10 = 8.2 spans.
+    assert set(counts) == {8, 9}
+    assert np.mean(counts) == pytest.approx(8.2, abs=0.08)
+
+
+def test_separate_spans_lie_anywhere() -> None:
+    # Two spans of 2 in 7 frames with one between: starts 0..5 without the sum of 3 apart, ten arrangements less those
+    # that touch: (0,3) (0,4) (0,5) (1,4) (1,5) (2,5).
+    arrangements = [tuple(runs_of(separate_span_mask(rng, 7, 0.1, 2, 2, 1))[0]) for rng in rngs(DRAWS)]
+    found, counts = np.unique(arrangements, axis=0, return_counts=True)
+    assert found.tolist() == [[0, 3], [0, 4], [0, 5], [1, 4], [1, 5], [2, 5]]
+    assert counts / DRAWS == pytest.approx(1 / 6, abs=0.035)
+
+
+@pytest.mark.parametrize(("frames", "hidden"), [(2, 1), (10, 9), (11, 10), (20, 10), (21, 10), (22, 20), (23, 20)])
+def test_rows_too_short_for_their_separate_spans_leave_a_frame(frames: int, hidden: int) -> None:
+    for rng in rngs(50):
+        assert separate_span_mask(rng, frames, 0.09, 10, 2, 1).sum() == hidden
+
+
+def test_a_single_frame_has_no_separate_span() -> None:
+    with pytest.raises(UserError, match=r"1 frame is too few"):
+        separate_span_mask(np.random.default_rng(0), 1, 0.09, 10, 2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def speech_lengths(count: int, seed: int = 0) -> np.ndarray:
     return (16_000 * np.random.default_rng(seed).lognormal(1.2, 0.7, count).clip(0.5, 30)).astype(np.int64)
 
 
-def make_plan(lengths: np.ndarray, seed: int = 7, **changes: float) -> Plan:
+def make_plan(lengths: np.ndarray, seed: int = 7, **changes: Any) -> Plan:
     options = {
         "min_seconds": MIN_SECONDS,
         "max_seconds": MAX_SECONDS,
@@ -161,6 +162,61 @@ def test_a_minimum_below_one_frame_means_one_frame() -> None:
     plan = make_plan(np.array([399, 400, 800]), min_seconds=0.001)
     assert plan.rows.tolist() == [1, 2]
     assert {batch.crop_samples for batch in epoch(plan, 0)} <= {400, 720}
+
+
+@pytest.fixture(scope="module")
+def speakers(lengths: np.ndarray) -> np.ndarray:
+    """20 speakers of unlike shares, in no order."""
+    return np.random.default_rng(1).zipf(1.3, len(lengths)).clip(max=20) + 5
+
+
+def test_batches_of_one_speaker(lengths: np.ndarray, speakers: np.ndarray) -> None:
+    plan = make_plan(lengths, groups=speakers)
+    first, second = epoch(plan, 0), epoch(plan, 1)
+    for batches in (first, second):
+        assert all(len(set(speakers[batch.rows])) == 1 for batch in batches)
+        assert sorted(np.concatenate([b.rows for b in batches])) == np.flatnonzero(lengths >= 16_000).tolist()
+        assert all(len(b.rows) * b.crop_samples <= BUDGET_SECONDS * 16_000 for b in batches)
+        assert all(b.crop_samples <= lengths[b.rows].min() for b in batches)
+    # Speakers take turns, and who is with whom changes.
+    turns = np.array([speakers[batch.rows[0]] for batch in first])
+    assert (np.diff(turns) != 0).mean() > 0.5
+    groups = [{frozenset(batch.rows.tolist()) for batch in batches} for batches in (first, second)]
+    assert len(groups[0] & groups[1]) < 0.2 * len(first)
+    assert plan.seconds_per_epoch == pytest.approx(sum(len(b.rows) * b.crop_samples for b in first) / 16_000)
+    assert same(make_plan(lengths, groups=speakers).micro_batch(777), plan.micro_batch(777))
+
+
+def test_a_replacement_is_of_the_same_speaker_while_there_is_one(lengths: np.ndarray, speakers: np.ndarray) -> None:
+    plan = make_plan(lengths, groups=speakers)
+    for batch in epoch(plan, 0):
+        if len(batch.rows) < 2:
+            continue
+        row = int(batch.rows[0])
+        drawn = [plan.replacement(batch, row, attempt) for attempt in range(5)]
+        assert set(speakers[drawn]) == {speakers[row]}
+        assert row not in drawn
+    alone = make_plan(np.array([32_000, 32_000]), groups=np.array([0, 1]))
+    assert alone.replacement(MicroBatch(0, np.array([0]), 31_760), 0, 0) in (0, 1)
+
+
+def test_whole_utterances(lengths: np.ndarray) -> None:
+    plan = make_plan(lengths, whole=True)
+    batches, limit = epoch(plan, 0), int(MAX_SECONDS * 16_000)
+    assert sorted(np.concatenate([b.rows for b in batches])) == np.flatnonzero(lengths >= 16_000).tolist()
+    for batch in batches:
+        read = np.minimum(lengths[batch.rows], batch.crop_samples)
+        assert (read == np.minimum(lengths[batch.rows], limit)).all()  # nothing but max_seconds crops
+        assert len(batch.rows) * batch.crop_samples <= BUDGET_SECONDS * 16_000
+    usable = np.minimum(lengths[lengths >= 16_000], limit)
+    assert plan.seconds_per_epoch == pytest.approx(usable.sum() / 16_000)
+    assert plan.kept_share == pytest.approx(1.0)
+    padded = sum(len(b.rows) * np.minimum(lengths[b.rows], limit).max() for b in batches)
+    assert usable.sum() / padded > 0.93
+    assert any(len(set(lengths[batch.rows])) > 1 for batch in batches)
+    replaced = plan.replacement(batches[0], int(batches[0].rows[0]), 0)
+    assert min(lengths[replaced], limit) <= batches[0].crop_samples
+    assert max(b.crop_samples for b in plan.largest_shapes()) == limit
 
 
 def test_millions_of_rows_are_planned_in_arrays() -> None:

@@ -73,6 +73,11 @@ def test_linear_and_cosine_after_their_warmup() -> None:
     assert (linear.factor(500), cosine.factor(500)) == (0.0, pytest.approx(0.2))
 
 
+def test_constant_stays_at_its_peak_after_a_ramp() -> None:
+    schedule = build_schedule({"name": "constant", "warmup_updates": 4, "total_updates": 100})
+    assert [schedule.factor(n) for n in (0, 1, 3, 4, 99, 1000)] == [0.0, 0.25, 0.75, 1.0, 1.0, 1.0]
+
+
 def test_inverse_square_root_is_the_transformers() -> None:
     schedule = build_schedule({"name": "inverse_square_root", "warmup_updates": 400, "total_updates": 5000})
     for n in (1, 100, 399, 400, 401, 1600, 6400):

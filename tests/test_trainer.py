@@ -119,10 +119,10 @@ def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, mon
     bad = trainer.reader.manifest.path(int(trainer.reader.plan.rows[0]))
     real = trainer.reader._example
 
-    def often_unreadable(batch: MicroBatch, row: int) -> Any:
+    def often_unreadable(batch: MicroBatch, row: int, copy: int) -> Any:
         if row % 2:
             raise AudioError(f"{bad}: cannot be decoded; repair it")
-        return real(batch, row)
+        return real(batch, row, copy)
 
     monkeypatch.setattr(trainer.reader, "_example", often_unreadable)
     with pytest.raises(AudioError, match=r"bad_audio_rank\*\.txt: \d+ of \d+ files read could not be used"):
@@ -150,8 +150,9 @@ class OneBatch:
 def test_the_memory_probe_leaves_no_trace(world: World) -> None:
     method = Counting()
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    sentence = probe_memory(method, OneBatch(), "bf16", world, BatchConfig(10.0, 4))  # type: ignore[arg-type]
+    sentence = probe_memory(method, OneBatch(), "bf16", world, BatchConfig(10.0, 4), {"stage": 1})  # type: ignore[arg-type]
     assert "GB at the largest shapes (5 x 0.00 s)" in sentence
+    assert "up to 2.00 GB of DeepSpeed's buffers" in sentence
     assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
     assert all(parameter.grad is None for parameter in method.parameters())
 
@@ -163,6 +164,6 @@ def test_too_little_memory_names_the_shape_and_the_same_update_in_smaller_parts(
     method = SmallMethod()
     method.forward = out_of_memory  # type: ignore[method-assign]
     with pytest.raises(ConfigError) as error:
-        probe_memory(method, OneBatch(), "fp32", world, BatchConfig(10.0, 4))  # type: ignore[arg-type]
+        probe_memory(method, OneBatch(), "fp32", world, BatchConfig(10.0, 4), {"stage": 1})  # type: ignore[arg-type]
     assert "5 x 0.00 s does not fit" in str(error.value)
     assert "batch.seconds_per_micro_batch=5 batch.micro_batches_per_step=8" in str(error.value)

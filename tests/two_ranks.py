@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from small_hubert import small_method
+from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
 
 from pretrain import checkpoint
 from pretrain.distributed import World, all_agree, from_main, join_world
 from pretrain.engine import Engine
-from pretrain.method import Example, Progress
+from pretrain.method import Batch, Example, Progress
+from pretrain.models.batch_norm import settle_statistics
 
 STAGES = (0, 1, 2, 3)
 # (stage that wrote, stage that reads)
 CHANGES = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 0), (0, 2))
+SHARED_OUT = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 def save(run: Path, engine: Engine, world: World, step: int, keep: int = 2) -> str | None:
@@ -101,27 +103,45 @@ def damage_seen_by_one_rank(folder: Path, world: World) -> dict[str, Any]:
 def hubert_losses(world: World) -> dict[str, list[float]]:
     """Three updates of a HuBERT with LayerDrop at ZeRO 1, and at ZeRO 3 with no weight held whole between uses."""
     losses: dict[str, list[float]] = {}
-    for name, zero in (("1", {"stage": 1}), ("3", {"stage": 3, "stage3_param_persistence_threshold": 0})):
+    for name, zero in (("1", {"stage": 1}), ("3", SHARED_OUT)):
         method = small_method(dropout=0.0, attention_dropout=0.0, dropout_input=0.0, encoder_layerdrop=0.5).train()
         engine = Engine(method, OPTIMIZER, {"zero_optimization": zero}, "fp32", world.device)
         losses[name] = [_hubert_update(engine, update, world) for update in range(3)]
     return losses
 
 
+def conformer_run(world: World, zero: dict[str, Any], recompute: bool) -> dict[str, list[float]]:
+    """Three updates of a HuBERT with conformer layers: its losses, and one running variance at the end."""
+    method = small_method(KINDS[1], layer_type="conformer", pos_enc_type="rel_pos", dropout=0.0, dropout_input=0.0)
+    if recompute:
+        method.encoder.checkpoint_activations()
+    engine = Engine(method.train(), OPTIMIZER, {"zero_optimization": zero}, "fp32", world.device)
+    losses = [_hubert_update(engine, update, world) for update in range(3)]
+    variance = method.encoder.encoder.layers[1].conv_module.batch_norm.running_var
+    return {"losses": losses, "variance": variance.tolist()}
+
+
 def _hubert_update(engine: Engine, update: int, world: World) -> float:
+    """One update of two micro-batches, which one rank makes alone or two share; the loss over both."""
     engine.method.before_step(Progress(update, 3, seed=1))
-    rngs = [np.random.default_rng([update, world.rank, row]) for row in range(2)]
+    batches = [_hubert_batch(engine, update, index) for index in range(2)]
+    units, total = sum(batch.sample_size for batch in batches), torch.zeros(())
+    for index in range(world.rank, 2, world.size):
+        output = engine.forward(batches[index])
+        engine.backward(output.loss * (world.size / units), last=index + world.size >= 2)
+        total += output.loss.detach()
+    dist.all_reduce(total)
+    assert engine.step(1e-2, torch.zeros(()))
+    settle_statistics(engine.method, applied=True)
+    return total.item()
+
+
+def _hubert_batch(engine: Engine, update: int, index: int) -> Batch:
+    rngs = [np.random.default_rng([update, index, row]) for row in range(2)]
     waveforms = [torch.from_numpy(0.1 * rng.standard_normal(8_000, dtype=np.float32)) for rng in rngs]
     labels = [[rng.integers(0, 7, size=24) for _ in range(2)] for rng in rngs]
     collator = engine.method.collator(engine.method.config)
-    batch = collator([Example(waveforms[row], row, 0, labels[row], rngs[row]) for row in range(2)])
-    numbers = torch.tensor([0.0, batch.sample_size])
-    output = engine.forward(batch)
-    numbers[0] = output.loss.detach()
-    dist.all_reduce(numbers)
-    engine.backward(output.loss * (world.size / numbers[1]), last=True)
-    assert engine.step(1e-2, torch.zeros(()))
-    return numbers[0].item()
+    return collator([Example(waveforms[row], row, 0, labels[row], rngs[row]) for row in range(2)])
 
 
 def main(folder: Path) -> None:
@@ -133,6 +153,7 @@ def main(folder: Path) -> None:
         "same_world": [continued(folder, wrote, stage, world, written_by=2) for wrote, stage in CHANGES],
         "from_one_rank": [continued(folder, wrote, stage, world, written_by=1) for wrote, stage in CHANGES],
         "hubert": hubert_losses(world),
+        "conformer": conformer_run(world, SHARED_OUT, recompute=True),
         "failing": one_rank_fails_to_write(folder, world),
         "damaged": damage_seen_by_one_rank(folder, world),
         "from_main": from_main({"rank": world.rank}),

@@ -4,6 +4,7 @@ python tools/benchmark.py task=step recipe=hubert_base batch=4 seconds=5 threads
     peers=transformers,torchaudio,fairseq output=benchmark.json      # compile=true for the compiled encoder
 python tools/benchmark.py task=loader recipe=hubert_base data.dir=data/speech workers=0,2
 python tools/benchmark.py task=labels features=mfcc clusters=100 data.dir=data/speech hours=1 [alignments=phones.tsv]
+python tools/benchmark.py task=memory recipe=hubert_base:2:5,hubert_large_ll60k:1:5 precision=fp32,bf16
 
 Peers that cannot be imported are left out and named. fairseq on today's Python, without touching this environment:
 `pip install --no-deps --target /tmp/peers fairseq-fixed bitarray sacrebleu portalocker tabulate colorama lxml`, then
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.bench.labels import LabelBenchOptions, measure_labels
 from pretrain.bench.loader import LoaderOptions, measure_loaders
+from pretrain.bench.memory import MemoryOptions, measure_memory
 from pretrain.bench.step import StepOptions, measure_steps
 from pretrain.bench.timing import markdown
 from pretrain.config import nearest, parse_cli
@@ -31,6 +33,7 @@ TASKS = {
     "step": (StepOptions, measure_steps),
     "loader": (LoaderOptions, measure_loaders),
     "labels": (LabelBenchOptions, measure_labels),
+    "memory": (MemoryOptions, measure_memory),
 }
 
 

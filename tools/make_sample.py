@@ -295,6 +295,14 @@ def make(text_path: Path, output: Path) -> list[tuple[Reading, int, list[Phone]]
             for phone in phones
         ),
     )
+    write_table(
+        output / "transcripts.tsv",
+        ("utt", "phones"),
+        (
+            (reading.utterance, " ".join(phone.symbol for phone in phones if phone.symbol != SILENCE))
+            for reading, _, phones in made
+        ),
+    )
     return made
 
 

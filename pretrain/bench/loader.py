@@ -22,7 +22,7 @@ from pretrain.bench.timing import Row, add_ratios, environment, interleaved
 from pretrain.config import ConfigError, compose_recipe, resolve_data_dir, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE, audio_info
 from pretrain.data.labels import LabelSet, write_labels
-from pretrain.data.loader import MicroBatchReader, batches, planned_reader
+from pretrain.data.loader import MicroBatchReader, Split, batches, planned_reader
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
 from pretrain.method import LabelInfo, Method, load_method
@@ -150,7 +150,7 @@ def _our_reader(recipe: str, manifest: Manifest, folder: Path) -> MicroBatchRead
     for index, count in enumerate(classes):
         write_labels(folder / str(index), LABEL_RATE_HZ, count, {"train": (manifest, _random_labels(manifest, count))})
         label_sets.append(LabelSet.open(folder / str(index), "train", manifest))
-    return planned_reader(config, manifest, label_sets, method_class.collator(method_config))
+    return planned_reader(config, Split(manifest, label_sets), method_class.collator(method_config))
 
 
 def _random_labels(manifest: Manifest, classes: int) -> Iterator[np.ndarray]:

@@ -17,6 +17,13 @@ def stack_waveforms(examples: list[Example]) -> tuple[Tensor, Tensor, bool]:
     return waveforms, lengths, bool((lengths < waveforms.shape[1]).any())
 
 
+def silent_waveforms(examples: list[Example]) -> tuple[Tensor, Tensor, bool]:
+    """As `stack_waveforms` for a collator that reads no audio: the (B, T) zeros take the memory of one number."""
+    lengths = torch.tensor([len(example.waveform) for example in examples])
+    longest = int(lengths.max())
+    return torch.zeros(()).expand(len(examples), longest), lengths, bool((lengths < longest).any())
+
+
 def frame_labels(labels: np.ndarray, rate_hz: int, start: int, stride_samples: int, frames: int) -> np.ndarray:
     """The labels of a crop's frames: at most `frames` of them, fewer where the label line ends earlier.
 

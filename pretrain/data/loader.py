@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import RunConfig
 from pretrain.data.audio import AudioError, read_audio
+from pretrain.data.joined import ByRow, JoinedLabels, JoinedManifest
 from pretrain.data.labels import LabelSet
 from pretrain.data.manifest import Manifest
+from pretrain.data.mix import Mix
 from pretrain.data.plan import MicroBatch, Plan
 from pretrain.method import Batch, Collator, Example
 
@@ -20,30 +23,53 @@ MAX_REPLACEMENTS = 8
 PREFETCHED_BATCHES = 4
 
 
+@dataclass
+class Split:
+    """The rows of one split: their audio, label sets, transcripts, and `groups` (N,), where batches keep to one."""
+
+    manifest: Manifest | JoinedManifest
+    label_sets: Sequence[LabelSet | JoinedLabels]
+    transcripts: ByRow[np.ndarray | None] | None = None
+    groups: np.ndarray | None = None
+
+
 class MicroBatchReader(Dataset[Batch]):
-    """Turns a `MicroBatch` into a `Batch`; everything random about an example follows from (seed, epoch, row)."""
+    """Turns a `MicroBatch` into a `Batch`.
+
+    Everything random about an example follows from (seed, epoch, row), and from its copy where the row comes again.
+    """
 
     def __init__(
-        self, manifest: Manifest, label_sets: list[LabelSet], plan: Plan, collator: Collator, seed: int
+        self,
+        manifest: Manifest | JoinedManifest,
+        label_sets: Sequence[LabelSet | JoinedLabels],
+        plan: Plan,
+        collator: Collator,
+        seed: int,
+        transcripts: ByRow[np.ndarray | None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.label_sets = label_sets
         self.plan = plan
         self.collator = collator
         self.seed = seed
+        self.transcripts = transcripts
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         problems: list[str] = []
-        batch = self.collator([self._readable_example(micro_batch, int(row), problems) for row in micro_batch.rows])
+        rows = micro_batch.rows.tolist()
+        copies = [0] * len(rows) if micro_batch.copies is None else micro_batch.copies.tolist()
+        places = zip(rows, copies, strict=True)
+        batch = self.collator([self._readable_example(micro_batch, row, copy, problems) for row, copy in places])
         batch.problems = problems
         return batch
 
-    def _readable_example(self, micro_batch: MicroBatch, row: int, problems: list[str]) -> Example:
+    def _readable_example(self, micro_batch: MicroBatch, row: int, copy: int, problems: list[str]) -> Example:
         """The example of `row`, or of another row where its file cannot be read; shapes stay as planned."""
         candidate = row
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return self._example(micro_batch, candidate)
+                return self._example(micro_batch, candidate, copy)
             except AudioError as error:
                 problems.append(str(error))
                 candidate = self.plan.replacement(micro_batch, row, attempt)
@@ -52,29 +78,37 @@ class MicroBatchReader(Dataset[Batch]):
             "check that data.dir's root is mounted. " + " | ".join(problems[-MAX_REPLACEMENTS:])
         )
 
-    def _example(self, micro_batch: MicroBatch, row: int) -> Example:
-        rng = np.random.default_rng([self.seed, micro_batch.epoch, row])
-        slack = int(self.manifest.lengths[row]) - micro_batch.crop_samples
-        start = int(rng.integers(slack // self.plan.stride_samples + 1)) * self.plan.stride_samples
-        waveform = read_audio(self.manifest.path(row), start, micro_batch.crop_samples)
+    def _example(self, micro_batch: MicroBatch, row: int, copy: int = 0) -> Example:
+        # Zeros at the end of a seed count for nothing, hence the 0 in the middle.
+        rng = np.random.default_rng([self.seed, micro_batch.epoch, row, *([0, copy] if copy else [])])
+        length = int(self.manifest.lengths[row])
+        samples = min(length, micro_batch.crop_samples)
+        start = int(rng.integers((length - samples) // self.plan.stride_samples + 1)) * self.plan.stride_samples
+        if getattr(self.collator, "reads_audio", True):
+            waveform = torch.from_numpy(read_audio(self.manifest.path(row), start, samples))
+        else:
+            waveform = torch.zeros(()).expand(samples)
         labels = [label_set[row] for label_set in self.label_sets]
-        return Example(torch.from_numpy(waveform), row, start, labels, rng)
+        # The transcript of the whole is not that of a part.
+        transcript = self.transcripts[row] if self.transcripts is not None and samples == length else None
+        return Example(waveform, row, start, labels, rng, transcript)
 
 
-def planned_reader(
-    config: RunConfig, manifest: Manifest, label_sets: list[LabelSet], collator: Collator
-) -> MicroBatchReader:
-    """The reader that a run of `config` uses on one split, with its plan."""
+def planned_reader(config: RunConfig, split: Split, collator: Collator, mix: Mix | None = None) -> MicroBatchReader:
+    """The reader that a run of `config` uses on one split, with its plan; without `mix` every row comes once."""
     plan = Plan(
-        manifest.lengths,
+        split.manifest.lengths,
         min_seconds=config.crop.min_seconds,
         max_seconds=config.crop.max_seconds,
         seconds_per_micro_batch=config.batch.seconds_per_micro_batch,
         stride_samples=collator.stride_samples,
         receptive_field_samples=collator.receptive_field_samples,
         seed=config.seed,
+        whole=config.crop.whole,
+        groups=split.groups,
+        mix=mix,
     )
-    return MicroBatchReader(manifest, label_sets, plan, collator, config.seed)
+    return MicroBatchReader(split.manifest, split.label_sets, plan, collator, config.seed, split.transcripts)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -70,12 +70,22 @@ class Manifest:
         return os.path.join(self.root, self.relative_path(row))
 
     def utterance_id(self, row: int) -> str:
-        """The relative path without suffix; for packed audio that of the entry's name inside the archive.
+        """One of `utterance_ids`."""
+        return self._utterance_id(row, self.relative_path(row))
+
+    def utterance_ids(self) -> Iterator[str]:
+        """Every row's relative path without suffix; for packed audio that of the entry's name inside the archive.
 
         Raises ManifestError where the archive has no stored entry at that place.
         """
-        relative = self.relative_path(row)
-        byte_range = parse_range(self.path(row))
+        row = 0
+        for begin, end in self._chunks():
+            for line in self._text[begin:end].removesuffix(b"\n").split(b"\n"):
+                yield self._utterance_id(row, os.fsdecode(line[: line.index(b"\t")]))
+                row += 1
+
+    def _utterance_id(self, row: int, relative: str) -> str:
+        byte_range = parse_range(os.path.join(self.root, relative)) if ".zip:" in relative else None
         if byte_range is not None:
             entries = _entries(byte_range.archive)
             if byte_range.offset not in entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.interop.types import HuggingFaceModel, InteropError
+from pretrain.interop.types import HuggingFaceModel, InteropError, NamedFiles
 
 # One file, or the index of several; safetensors first, where a directory holds both.
 HUGGINGFACE_WEIGHTS = (
@@ -28,10 +29,13 @@ HUGGINGFACE_WEIGHTS = (
 def read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a .pt, .pth or .bin file, tensors on the CPU; loaded weights-only, so nothing is executed.
 
-    Raises InteropError for a file that holds other Python objects, is damaged, or is no mapping.
+    A namespace of options, as s3prl and old fairseq leave one beside the weights, becomes a mapping of them. Raises
+    InteropError for a file that holds other Python objects, is damaged, or is no mapping.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Unpickling a namespace sets attributes and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InteropError(
             f"{path}: it holds Python objects beyond tensors and plain containers, which are not loaded because "
@@ -44,7 +48,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         raise InteropError(f"{path}: not a complete PyTorch file ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: holds a {type(content).__name__}, not a checkpoint; give a checkpoint dictionary")
-    return content
+    return {key: vars(value) if isinstance(value, argparse.Namespace) else value for key, value in content.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -102,15 +106,25 @@ def shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
     return names
 
 
-def write_torch(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain containers and CPU tensors as a .pt file that loads weights-only anywhere; appears in one move."""
+def write_torch(path: Path, content: Mapping[str, Any], with_namespaces: bool = False) -> None:
+    """Write plain containers and CPU tensors as a .pt file that loads weights-only anywhere; appears in one move.
+
+    `with_namespaces` writes argparse.Namespace too, which weights-only loading takes only where it is declared safe.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(_plain(content, str(path)), temporary)
+        torch.save(_plain(content, str(path), with_namespaces), temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_named(directory: Path, named: NamedFiles) -> None:
+    """Write every file into `directory`, which appears in one move."""
+    with new_directory(directory) as temporary:
+        for name, content in named.files.items():
+            write_torch(temporary / name, content, with_namespaces=True)
 
 
 def write_huggingface(directory: Path, model: HuggingFaceModel) -> None:
@@ -157,13 +171,15 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, with_namespaces: bool) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous()
     if isinstance(value, Mapping):
-        return {key: _plain(item, f"{where}: {key}") for key, item in value.items()}
+        return {key: _plain(item, f"{where}: {key}", with_namespaces) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item, where) for item in value)
+        return type(value)(_plain(item, where, with_namespaces) for item in value)
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if with_namespaces and type(value) is argparse.Namespace:
+        return argparse.Namespace(**_plain(vars(value), where, with_namespaces))
     raise InteropError(f"{where}: a {type(value).__name__} does not load weights-only; convert it to a plain value")

@@ -1,79 +1,31 @@
-"""The shared speech encoder in fairseq's (and s3prl's) and in transformers' names, both ways.
+"""The shared speech encoder's tensors and configuration to fairseq (and s3prl) and transformers, and back.
 
-fairseq: fairseq/models/hubert/hubert.py, fairseq/models/wav2vec/wav2vec2.py. transformers:
-models/hubert/modeling_hubert.py, configuration_hubert.py.
+fairseq: fairseq/models/hubert/hubert.py, fairseq/models/wav2vec/wav2vec2.py. transformers: models/hubert/
+configuration_hubert.py, models/wav2vec2_conformer/configuration_wav2vec2_conformer.py.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.interop.tables import KeyTable
+from pretrain.interop.speech_encoder_keys import (
+    FAIRSEQ_KEYS,
+    HUGGINGFACE_KEYS,
+    fairseq_ballast,
+    huggingface_ballast,
+)
 from pretrain.interop.types import InteropError
+from pretrain.models.speech_config import SpeechEncoderConfig
 
 # Layers of a model that somebody writes by hand; a larger repeat count in a stranger's file is an attack or an error.
 _MAX_CONV_LAYERS = 64
 
-_FAIRSEQ_PAIRS = [
-    ("mask_emb", "mask_emb"),
-    ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.0.*"),
-    ("layer_norm.*", "layer_norm.*"),
-    ("post_extract_proj.*", "post_extract_proj.*"),
-    ("encoder.pos_conv.weight_g", "encoder.pos_conv.0.weight_g"),
-    ("encoder.pos_conv.weight_v", "encoder.pos_conv.0.weight_v"),
-    ("encoder.pos_conv.bias", "encoder.pos_conv.0.bias"),
-    ("encoder.layer_norm.*", "encoder.layer_norm.*"),
-    ("encoder.layers.{j}.self_attn.q_proj.*", "encoder.layers.{j}.self_attn.q_proj.*"),
-    ("encoder.layers.{j}.self_attn.k_proj.*", "encoder.layers.{j}.self_attn.k_proj.*"),
-    ("encoder.layers.{j}.self_attn.v_proj.*", "encoder.layers.{j}.self_attn.v_proj.*"),
-    ("encoder.layers.{j}.self_attn.out_proj.*", "encoder.layers.{j}.self_attn.out_proj.*"),
-    ("encoder.layers.{j}.self_attn_layer_norm.*", "encoder.layers.{j}.self_attn_layer_norm.*"),
-    ("encoder.layers.{j}.fc1.*", "encoder.layers.{j}.fc1.*"),
-    ("encoder.layers.{j}.fc2.*", "encoder.layers.{j}.fc2.*"),
-    ("encoder.layers.{j}.final_layer_norm.*", "encoder.layers.{j}.final_layer_norm.*"),
-]
-# fairseq wraps the per-layer norm between two transpositions, the group norm not.
-FAIRSEQ_KEYS = {
-    "default": KeyTable(
-        [
-            ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.2.*"),
-            *_FAIRSEQ_PAIRS,
-        ]
-    ),
-    "layer_norm": KeyTable(
-        [
-            ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.2.1.*"),
-            *_FAIRSEQ_PAIRS,
-        ]
-    ),
-}
-
-HUGGINGFACE_KEYS = KeyTable(
-    [
-        ("mask_emb", "masked_spec_embed"),
-        ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.conv.*"),
-        ("feature_extractor.conv_layers.{i}.norm.*", "feature_extractor.conv_layers.{i}.layer_norm.*"),
-        ("layer_norm.*", "feature_projection.layer_norm.*"),
-        ("post_extract_proj.*", "feature_projection.projection.*"),
-        ("encoder.pos_conv.weight_g", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
-        ("encoder.pos_conv.weight_v", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
-        ("encoder.pos_conv.bias", "encoder.pos_conv_embed.conv.bias"),
-        ("encoder.layer_norm.*", "encoder.layer_norm.*"),
-        ("encoder.layers.{j}.self_attn.q_proj.*", "encoder.layers.{j}.attention.q_proj.*"),
-        ("encoder.layers.{j}.self_attn.k_proj.*", "encoder.layers.{j}.attention.k_proj.*"),
-        ("encoder.layers.{j}.self_attn.v_proj.*", "encoder.layers.{j}.attention.v_proj.*"),
-        ("encoder.layers.{j}.self_attn.out_proj.*", "encoder.layers.{j}.attention.out_proj.*"),
-        ("encoder.layers.{j}.self_attn_layer_norm.*", "encoder.layers.{j}.layer_norm.*"),
-        ("encoder.layers.{j}.fc1.*", "encoder.layers.{j}.feed_forward.intermediate_dense.*"),
-        ("encoder.layers.{j}.fc2.*", "encoder.layers.{j}.feed_forward.output_dense.*"),
-        ("encoder.layers.{j}.final_layer_norm.*", "encoder.layers.{j}.final_layer_norm.*"),
-    ]
-)
 # transformers wrote these names before torch's weight norm became a parametrization; both occur in published files.
 _OLD_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
@@ -96,7 +48,9 @@ _FAIRSEQ_FIELDS: dict[str, Any] = {
     "encoder_layerdrop": 0.0,
     "feature_grad_mult": 1.0,
 }
-_FAIRSEQ_FIXED: dict[str, Any] = {"activation_fn": "gelu", "layer_type": "transformer", "pos_conv_depth": 1}
+_FAIRSEQ_FIXED: dict[str, Any] = {"activation_fn": "gelu", "pos_conv_depth": 1}
+# Written and read for conformers alone; a conformer of fairseq's with pos_enc_type "abs" is none that we build.
+_FAIRSEQ_CONFORMER_FIELDS: dict[str, Any] = {"pos_enc_type": "abs", "depthwise_conv_kernel_size": 31}
 
 # (ours, transformers', transformers' default)
 _HUGGINGFACE_FIELDS: list[tuple[str, str, Any]] = [
@@ -105,7 +59,6 @@ _HUGGINGFACE_FIELDS: list[tuple[str, str, Any]] = [
     ("encoder_embed_dim", "hidden_size", 768),
     ("encoder_ffn_embed_dim", "intermediate_size", 3072),
     ("encoder_attention_heads", "num_attention_heads", 12),
-    ("layer_norm_first", "do_stable_layer_norm", False),
     ("conv_pos", "num_conv_pos_embeddings", 128),
     ("conv_pos_groups", "num_conv_pos_embedding_groups", 16),
     ("dropout", "hidden_dropout", 0.1),
@@ -120,12 +73,17 @@ _HUGGINGFACE_CONV = {
     "conv_stride": [5, 2, 2, 2, 2, 2, 2],
 }
 _HUGGINGFACE_FIXED: dict[str, Any] = {
-    "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
     "feat_proj_layer_norm": True,
     "conv_pos_batch_norm": False,
     "layer_norm_eps": 1e-5,
 }
+# (transformers' field, its value for our Transformer and for our conformer)
+_HUGGINGFACE_ACTIVATION = {"transformer": "gelu", "conformer": "swish"}
+_HUGGINGFACE_CONFORMER_TYPE = "wav2vec2-conformer"
+_HUGGINGFACE_POSITIONS = {"rel_pos": "relative", "rope": "rotary"}
+# fairseq's conformer has one dropout, transformers' has these beside hidden_dropout.
+_HUGGINGFACE_CONFORMER_DROPOUTS = ("attention_dropout", "activation_dropout", "conformer_conv_dropout")
 _EXTRACTOR_TO_NORM = {"default": "group", "layer_norm": "layer"}
 
 
@@ -135,26 +93,31 @@ def state_to_fairseq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     Raises InteropError where convolutions and Transformer are equally wide: fairseq then has no projection to take
     ours.
     """
+    config = _complete(config)
     if _conv_dim(config) == config["encoder_embed_dim"]:
         raise InteropError(
             f"method.encoder.encoder_embed_dim: {config['encoder_embed_dim']} is also the width of the convolutions, "
             "where fairseq and s3prl have no post_extract_proj; export to native or huggingface"
         )
-    return FAIRSEQ_KEYS[config["extractor_mode"]].to_theirs(split_qkv(state))
+    table = FAIRSEQ_KEYS[config["extractor_mode"], config["layer_type"]]
+    return table.to_theirs(split_qkv(state)) | fairseq_ballast(config)
 
 
 def state_from_fairseq(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """fairseq's or s3prl's encoder tensors (heads removed) under our names; `config` is ours."""
-    ours = fuse_qkv(FAIRSEQ_KEYS[config["extractor_mode"]].to_ours(state))
+    config = _complete(config)
+    table, ballast = FAIRSEQ_KEYS[config["extractor_mode"], config["layer_type"]], fairseq_ballast(config)
+    ours = fuse_qkv(table.to_ours({key: value for key, value in state.items() if key not in ballast}))
     if _conv_dim(config) == config["encoder_embed_dim"] and "post_extract_proj.weight" not in ours:
         ours["post_extract_proj.weight"] = torch.eye(config["encoder_embed_dim"])
         ours["post_extract_proj.bias"] = torch.zeros(config["encoder_embed_dim"])
     return ours
 
 
-def state_to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our encoder's tensors under the names of transformers' base model."""
-    return HUGGINGFACE_KEYS.to_theirs(split_qkv(state))
+def state_to_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our encoder's tensors under the names of transformers' base model; `config` is ours."""
+    config = _complete(config)
+    return HUGGINGFACE_KEYS[config["layer_type"]].to_theirs(split_qkv(state)) | huggingface_ballast(config)
 
 
 def state_from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -163,6 +126,7 @@ def state_from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any
     `prefix` is the class's `base_model_prefix`: files of models with a head hold the base model below it, and the head
     outside, which is left out. A model that was fine-tuned without masking has no mask embedding; a fresh one is drawn.
     """
+    config = _complete(config)
     if any(key.startswith(f"{prefix}.") for key in state):
         state = {key.removeprefix(f"{prefix}."): v for key, v in state.items() if key.startswith(f"{prefix}.")}
     modern = {}
@@ -170,7 +134,9 @@ def state_from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any
         stem, _, last = key.rpartition(".")
         modern[f"{stem}.{_OLD_WEIGHT_NORM[last]}" if last in _OLD_WEIGHT_NORM else key] = value
     modern.setdefault("masked_spec_embed", torch.rand(config["encoder_embed_dim"]))
-    return fuse_qkv(HUGGINGFACE_KEYS.to_ours(modern))
+    ballast = huggingface_ballast(config)
+    kept = {key: value for key, value in modern.items() if key not in ballast}
+    return fuse_qkv(HUGGINGFACE_KEYS[config["layer_type"]].to_ours(kept))
 
 
 def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,9 +168,12 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def config_to_fairseq(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our encoder's config as the encoder's share of fairseq's model config and of its task config."""
+    config = _complete(config)
     model = {name: config[name] for name in _FAIRSEQ_FIELDS}
     model["conv_feature_layers"] = repr([tuple(layer) for layer in config["conv_feature_layers"]])
-    model |= {"activation_fn": "gelu", "layer_type": "transformer", "required_seq_len_multiple": 2}
+    model |= {"activation_fn": "gelu", "layer_type": config["layer_type"], "required_seq_len_multiple": 2}
+    if config["layer_type"] == "conformer":
+        model |= {"attn_type": "espnet", **{name: config[name] for name in _FAIRSEQ_CONFORMER_FIELDS}}
     return model, {"sample_rate": 16000, "normalize": config["normalize"]}
 
 
@@ -213,19 +182,33 @@ def config_from_fairseq(model: Mapping[str, Any], task: Mapping[str, Any]) -> di
     _require(model, _FAIRSEQ_FIXED, "model config")
     config = {name: model.get(name, default) for name, default in _FAIRSEQ_FIELDS.items()}
     config["conv_feature_layers"] = parse_conv_layers(config["conv_feature_layers"])
-    return config | {"normalize": bool(task.get("normalize", False)), "frame_length_rule": "fold"}
+    config |= {"normalize": bool(task.get("normalize", False)), "frame_length_rule": "fold"}
+    if model.get("layer_type", "transformer") == "transformer":
+        return _complete(config)
+    config |= {name: model.get(name, default) for name, default in _FAIRSEQ_CONFORMER_FIELDS.items()}
+    layers, attention = model["layer_type"], model.get("attn_type") or "fairseq"
+    if layers != "conformer" or attention != "espnet" or config["pos_enc_type"] not in _HUGGINGFACE_POSITIONS:
+        raise InteropError(
+            f"model config: layer_type: {layers!r} with attn_type {attention!r} and pos_enc_type "
+            f"{config['pos_enc_type']!r} is not supported, only a conformer with 'espnet' and 'rel_pos' or 'rope'; "
+            "this checkpoint cannot be imported"
+        )
+    return _complete(config | {"layer_type": layers})
 
 
 def config_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our encoder's config in transformers' fields, each of them explicit.
+    """Our encoder's config in transformers' fields, each of them explicit; a conformer's with its `model_type`.
 
     SpecAugment is on by default in transformers and would mask the input of whoever fine-tunes without knowing it; a
-    `mask_time_prob` above 0 is still needed for the class to own `masked_spec_embed`.
+    `mask_time_prob` above 0 is still needed for the class to own `masked_spec_embed`. Raises InteropError for a
+    conformer with its norms last, which transformers does not have.
     """
+    config = _complete(config)
     dims, kernels, strides = zip(*config["conv_feature_layers"], strict=True)
     return {
         **{theirs: config[ours] for ours, theirs, _ in _HUGGINGFACE_FIELDS},
         **_HUGGINGFACE_FIXED,
+        **_layers_to_huggingface(config),
         "conv_dim": list(dims),
         "conv_kernel": list(kernels),
         "conv_stride": list(strides),
@@ -244,6 +227,24 @@ def config_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {"hidden_act": _HUGGINGFACE_ACTIVATION[config["layer_type"]]}
+    if config["layer_type"] == "transformer":
+        return fields | {"do_stable_layer_norm": config["layer_norm_first"]}
+    if not config["layer_norm_first"]:
+        raise InteropError(
+            "method.encoder.layer_norm_first: false in a conformer has no counterpart in transformers, whose conformer "
+            "always ends with the norm; export to native or s3prl"
+        )
+    return fields | {
+        "model_type": _HUGGINGFACE_CONFORMER_TYPE,
+        **dict.fromkeys(_HUGGINGFACE_CONFORMER_DROPOUTS, config["dropout"]),
+        "position_embeddings_type": _HUGGINGFACE_POSITIONS[config["pos_enc_type"]],
+        "rotary_embedding_base": 10000,
+        "conv_depthwise_kernel_size": config["depthwise_conv_kernel_size"],
+    }
+
+
 def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' config as ours; raises InteropError for what our encoder lacks.
 
@@ -253,25 +254,48 @@ def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str
     _require(config, _HUGGINGFACE_FIXED, "config.json")
     mode = {norm: mode for mode, norm in _EXTRACTOR_TO_NORM.items()}[config.get("feat_extract_norm", "group")]
     conv = [config.get(name, default) for name, default in _HUGGINGFACE_CONV.items()]
+    return _complete(
+        {
+            "extractor_mode": mode,
+            "conv_feature_layers": [list(layer) for layer in zip(*conv, strict=True)],
+            **{ours: config.get(theirs, default) for ours, theirs, default in _HUGGINGFACE_FIELDS},
+            **_layers_from_huggingface(config),
+            "feature_grad_mult": 1.0,
+            "normalize": bool(preprocessor.get("do_normalize", mode == "layer_norm")),
+            "frame_length_rule": "conv",
+        }
+    )
+
+
+def _layers_from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    layer_type = "conformer" if config.get("model_type") == _HUGGINGFACE_CONFORMER_TYPE else "transformer"
+    activation = {"hidden_act": config.get("hidden_act", "gelu")}
+    _require(activation, {"hidden_act": _HUGGINGFACE_ACTIVATION[layer_type]}, "config.json")
+    if layer_type == "transformer":
+        return {"layer_norm_first": config.get("do_stable_layer_norm", False)}
+    positions = {theirs: ours for ours, theirs in _HUGGINGFACE_POSITIONS.items()}
+    theirs = config.get("position_embeddings_type", "relative")
+    if theirs not in positions:
+        raise InteropError(
+            f"config.json: position_embeddings_type: {theirs!r} is not supported, only {' and '.join(positions)}; "
+            "this checkpoint cannot be imported"
+        )
+    _require(config, {"rotary_embedding_base": 10000}, "config.json")
     return {
-        "extractor_mode": mode,
-        "conv_feature_layers": [list(layer) for layer in zip(*conv, strict=True)],
-        **{ours: config.get(theirs, default) for ours, theirs, default in _HUGGINGFACE_FIELDS},
-        "feature_grad_mult": 1.0,
-        "normalize": bool(preprocessor.get("do_normalize", mode == "layer_norm")),
-        "frame_length_rule": "conv",
+        "layer_norm_first": True,
+        "layer_type": layer_type,
+        "pos_enc_type": positions[theirs],
+        "depthwise_conv_kernel_size": config.get("conv_depthwise_kernel_size", 31),
     }
 
 
-def parse_conv_layers(layers: str | list[Any]) -> list[list[int]]:
+def parse_conv_layers(layers: str | list[Any], field: str = "conv_feature_layers") -> list[list[int]]:
     """`"[(512,10,5)] + [(512,3,2)] * 4"`, as fairseq writes it, or a plain list, to [[dim, kernel, stride], ...].
 
     Only lists, tuples, integers, + and * are understood, so nothing in a stranger's file is executed. Raises
-    InteropError for anything else.
+    InteropError, naming the `field`, for anything else.
     """
-    problem = InteropError(
-        f"model config: conv_feature_layers: cannot read {layers!r}; write a list of (dim, kernel, stride)"
-    )
+    problem = InteropError(f"model config: {field}: cannot read {layers!r}; write a list of (dim, kernel, stride)")
     if isinstance(layers, str):
         try:
             layers = _evaluate(ast.parse(layers, mode="eval").body)
@@ -297,6 +321,11 @@ def _evaluate(node: ast.expr) -> Any:
             if isinstance(repeated, list) and len(repeated) * times <= _MAX_CONV_LAYERS:
                 return repeated * times
     raise ValueError("not a list of layers")
+
+
+def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our config with every field: exports from before there were conformers lack the fields that name them."""
+    return asdict(SpeechEncoderConfig(**config))
 
 
 def _conv_dim(config: Mapping[str, Any]) -> int:

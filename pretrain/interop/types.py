@@ -54,6 +54,17 @@ class TrainedMethod:
 
 
 @dataclass(frozen=True)
+class NamedFiles:
+    """Several .pt files that a client reads together, by file name, and a sentence on how it finds them.
+
+    Their contents are plain, except that an `argparse.Namespace` may hold options where the client insists on one.
+    """
+
+    files: dict[str, dict[str, Any]]
+    usage: str
+
+
+@dataclass(frozen=True)
 class HuggingFaceModel:
     """The parts of a Hugging Face directory: config.json, the weights, preprocessor_config.json (empty if absent)."""
 

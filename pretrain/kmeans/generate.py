@@ -129,10 +129,10 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
     work: Path | None = None
     try:
         data_dir = resolve_data_dir(options.data.dir)
-        manifests = {split: Manifest.read(data_dir / f"{split}.tsv") for split in SPLITS if _has(data_dir, split)}
+        manifests = read_manifests(data_dir)
         alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
         output = Path(options.output)
-        work = ranks.from_rank_0(lambda: _work_directory(output, options.overwrite))
+        work = ranks.from_rank_0(lambda: work_directory(output, options.overwrite))
         model, known, fit_report = _kmeans_model(options, manifests["train"], ranks)
         tallies = {}
         for split, manifest in manifests.items():
@@ -198,18 +198,25 @@ def is_current(directory: Path, data_dir: Path, clusters: int) -> bool:
     if not (directory / "labels.json").is_file():
         return False
     info = LabelInfoFile.read(directory / "labels.json")
-    wanted = {split: Manifest.read(data_dir / f"{split}.tsv") for split in SPLITS if _has(data_dir, split)}
-    return info.num_classes == clusters and all(
+    return info.num_classes == clusters and labels_fit(info, data_dir)
+
+
+def labels_fit(info: LabelInfoFile, data_dir: Path) -> bool:
+    """Whether the labels belong to the manifests of `data_dir` as they are."""
+    return all(
         split in info.splits and info.splits[split].manifest == manifest.fingerprint()
-        for split, manifest in wanted.items()
+        for split, manifest in read_manifests(data_dir).items()
     )
 
 
-def _has(data_dir: Path, split: str) -> bool:
-    return split == "train" or (data_dir / f"{split}.tsv").is_file()
+def read_manifests(data_dir: Path) -> dict[str, Manifest]:
+    """train.tsv and, where it is there, valid.tsv."""
+    present = [split for split in SPLITS if split == "train" or (data_dir / f"{split}.tsv").is_file()]
+    return {split: Manifest.read(data_dir / f"{split}.tsv") for split in present}
 
 
-def _work_directory(output: Path, overwrite: bool) -> Path:
+def work_directory(output: Path, overwrite: bool) -> Path:
+    """An empty directory beside `output`, to be renamed by `take_place`. Raises LabelError where `output` exists."""
     if output.exists() and not overwrite:
         raise LabelError(f"{output}: output: exists already; name another directory, or set overwrite=true")
     work = output.absolute().with_name(f".{output.name}.tmp")
@@ -336,6 +343,11 @@ def _publish(
     model.save(work / "kmeans")
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     publish_labels(work, LabelInfoFile(model.rate_hz, model.num_clusters, model.sha256, splits))
+    take_place(work, output)
+
+
+def take_place(work: Path, output: Path) -> None:
+    """Give the finished directory `work` the name `output`, in place of what had it."""
     if output.exists():
         replaced = work.with_name(f".{output.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

@@ -27,3 +27,9 @@ def prediction_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return loss, correct
+
+
+def class_histogram(classes: Tensor, size: int) -> Tensor:
+    """Counts of (N,) class ids, (size,) float32, without asking the device for its maximum as bincount does."""
+    counts = torch.zeros(size, device=classes.device)
+    return counts.index_add_(0, classes, torch.ones_like(classes, dtype=counts.dtype))

@@ -79,24 +79,28 @@ class Windows(torch.autograd.Function):
         return out, None, None
 
 
-class Conv1d(nn.Conv1d):
-    """`nn.Conv1d` without padding, channels last: (B, T, C_in) to (B, F, C).
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """`F.conv1d` without padding, channels last: (B, T, C_in) and weight (C, C_in, kernel) to (B, F, C).
 
     On the CPU as a matrix product over gathered windows, about 1.6 times as fast as oneDNN's convolution and its
     gradients.
     """
+    if x.is_cpu:
+        windows = Windows.apply(x, weight.shape[2], stride)
+        return linear(windows, weight.transpose(1, 2).flatten(1), bias)
+    out = F.conv2d(x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2), bias, stride=(1, stride))
+    return out.squeeze(2).transpose(1, 2)
+
+
+class Conv1d(nn.Conv1d):
+    """`nn.Conv1d` without padding, channels last: (B, T, C_in) to (B, F, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu:
-            windows = Windows.apply(x, self.kernel_size[0], self.stride[0])
-            return linear(windows, self.weight.transpose(1, 2).flatten(1), self.bias)
-        image = x.transpose(1, 2).unsqueeze(2)
-        out = F.conv2d(image, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride[0]))
-        return out.squeeze(2).transpose(1, 2)
+        return convolve(x, self.weight, self.bias, self.stride[0])
 
 
 def convolve_and_normalize(waveforms: Tensor, conv: Conv1d, norm: nn.GroupNorm) -> Tensor:
-    """Convolution of waveforms (B, T) and normalisation of every channel over time, in one product: (B, F, C).
+    """Convolution of waveforms (B, T), normalised per group of channels over time, in one product: (B, F, C).
 
     Mean and variance of a convolution's output follow from mean and covariance of the windows it sees, w'm and w'Sw:
     so the norm becomes a scale and a shift of the weights, per waveform, and the largest activation of the network is
@@ -108,10 +112,16 @@ def convolve_and_normalize(waveforms: Tensor, conv: Conv1d, norm: nn.GroupNorm) 
     mean = windows.double().mean(1, keepdim=True)
     centred = windows - mean
     covariance = centred.transpose(1, 2) @ centred / windows.shape[1]
-    scale = norm.weight * torch.rsqrt(((weight @ covariance) * weight).sum(2) + norm.eps)
     bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
-    output_mean = (mean @ weight.T).squeeze(1) + bias
-    shift = norm.bias + (bias - output_mean) * scale
+    channel_mean = (mean @ weight.T).squeeze(1) + bias
+    group_mean = channel_mean.unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)
+    # The channels of a group spread around their own means, and these around the group's.
+    spread = (channel_mean.unflatten(1, (norm.num_groups, -1)) - group_mean).square().flatten(1)
+    variance = ((weight @ covariance) * weight).sum(2) + spread
+    variance = variance.unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)
+    per_group = norm.num_channels // norm.num_groups
+    scale = norm.weight * torch.rsqrt(variance + norm.eps).expand(-1, -1, per_group).flatten(1)
+    shift = norm.bias + (bias - group_mean.expand(-1, -1, per_group).flatten(1)) * scale
     # Columns of ones carry the shift; matrix units want rows of a multiple of eight numbers.
     columns = -(kernel + 1) % 8 + kernel + 1
     scaled = torch.cat([weight * scale.unsqueeze(2), shift.unsqueeze(2)], dim=2).to(windows.dtype)

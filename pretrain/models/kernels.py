@@ -11,12 +11,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of x (..., K) with weight (N, K); in float32 on the CPU as a 1x1 convolution.
 
     torch gives float32 products to MKL, which runs at half speed on AMD processors, but convolutions (and bfloat16
-    products) to oneDNN, which does not.
+    products) to oneDNN, which does not. On one thread it gives oneDNN only convolutions that are strided or dilated:
+    dilating a kernel of height 1 changes nothing, and halves the time.
     """
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = F.conv2d(image, weight[:, :, None, None], bias)
+    out = F.conv2d(image, weight[:, :, None, None], bias, dilation=(2, 1))
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -33,14 +34,23 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout_p: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout_p: float, bias: Tensor | None = None
+) -> Tensor:
     """Scaled dot-product attention of (B, H, F, D); keys where `valid` (B, 1, 1, F) is False are hidden.
 
-    torch has no fused kernel with dropout for the CPU, and its fallback is slower than these four lines.
+    `bias` (B, H, F, F) is added to the scaled scores. torch has no fused kernel with dropout, or with a gradient for a
+    bias, for the CPU, and its fallback is slower than these lines.
     """
-    if not q.is_cpu or dropout_p == 0:
+    if bias is None and (not q.is_cpu or dropout_p == 0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=dropout_p)
+    if not q.is_cpu:
+        bias = bias if valid is None else bias.masked_fill(~valid, -torch.inf)
+        # Fused kernels want rows that start at aligned addresses, which a shifted view does not offer.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.contiguous(), dropout_p=dropout_p)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if bias is not None:
+        scores = scores + bias
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
     return dropout(scores.softmax(-1).to(v.dtype), dropout_p, True) @ v

@@ -33,3 +33,63 @@ class ConvPositions(nn.Module):
         out = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         # An even kernel with symmetric padding makes one frame too many.
         return F.gelu(out[:, :, : x.shape[1]]).transpose(1, 2)
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed sinusoids of the absolute position: sines in even columns, cosines in odd ones, base 10,000, not scaled.
+
+    Source: arXiv 1706.03762, section 3.5. The table is kept and grows to the longest input seen; it is no buffer, since
+    those keep their shape.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self._table = torch.empty(0, dim)
+
+    def forward(self, frames: int, device: torch.device) -> Tensor:
+        """(frames, D) float32 on `device`."""
+        if frames > len(self._table) or self._table.device != device:
+            self._table = self._compute(max(frames, len(self._table)), device)
+        return self._table[:frames]
+
+    def _compute(self, frames: int, device: torch.device) -> Tensor:
+        # In double precision, since float32 angles of late positions would be off in the fourth digit.
+        column = torch.arange(self.dim, dtype=torch.float64, device=device)
+        rate = 10_000.0 ** (-2 * (column // 2) / self.dim)
+        angles = torch.arange(frames, dtype=torch.float64, device=device).unsqueeze(1) * rate
+        return torch.where(column % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+def relative_positions(frames: int, dim: int, device: torch.device) -> Tensor:
+    """(2 F, D) sinusoids of the distances F - 1, ..., -F from a key to a query: sines in even, cosines in odd columns.
+
+    Source: fairseq `RelPositionalEncoding`, base 10,000; the last row is a filler (see `conformer.shifted`).
+    """
+    distance = torch.arange(frames - 1, -frames - 1, -1, device=device, dtype=torch.float32)
+    rate = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10_000.0) / dim))
+    angles = distance.unsqueeze(1) * rate
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :dim]
+
+
+def rotary_rates(dim: int, device: torch.device | None = None) -> Tensor:
+    """(dim / 2,) radians per frame by which rotary positions turn each pair of a head's channels; base 10,000."""
+    return 1.0 / 10_000.0 ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def rotary_positions(frames: int, head_dim: int, device: torch.device) -> Tensor:
+    """(2, F, D_head) cosines and sines of rotary positions; the two halves of a head hold the pairs.
+
+    Source: arXiv 2104.09864, fairseq `RotaryPositionalEmbedding`.
+    """
+    angles = torch.arange(frames, device=device, dtype=torch.float32).unsqueeze(1) * rotary_rates(head_dim, device)
+    angles = torch.cat([angles, angles], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, positions: Tensor, heads: int) -> Tensor:
+    """Turn every head of (B, F, D) by `rotary_positions`."""
+    cos, sin = positions.unsqueeze(2).unbind(0)
+    x = x.unflatten(2, (heads, -1))
+    first, second = x.chunk(2, dim=3)
+    return (x * cos + torch.cat([-second, first], dim=3) * sin).flatten(2)

@@ -1,8 +1,8 @@
-"""The speech encoder that HuBERT, wav2vec 2.0, WavLM and data2vec share: convolutions, then a Transformer."""
+"""The speech encoder that HuBERT, wav2vec 2.0, WavLM and data2vec share: convolutions, then layers."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,42 +12,11 @@ from torch import Tensor, nn
 
 from pretrain.method import Encoder
 from pretrain.models import conv_features
+from pretrain.models.context import ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor
 from pretrain.models.kernels import LayerNorm, Linear, dropout
-from pretrain.models.positions import ConvPositions
-from pretrain.models.transformer import TransformerLayer
-
-FRAME_LENGTH_RULES = ("fold", "conv")
-
-
-@dataclass
-class SpeechEncoderConfig:
-    """Shape and regularisation of a speech encoder; the names are fairseq's, the values the recipe's.
-
-    `conv_feature_layers` lists (dim, kernel, stride). `normalize` brings each waveform to zero mean and unit variance
-    over its own samples. `frame_length_rule` says which frames of a padded waveform are real: "conv" the exact count
-    (wav2vec 2.0, data2vec, transformers), "fold" fairseq's HuBERT and WavLM rule (a frame is padding only if all
-    samples of its stride are).
-    """
-
-    extractor_mode: str
-    conv_feature_layers: list[list[int]]
-    conv_bias: bool
-    encoder_layers: int
-    encoder_embed_dim: int
-    encoder_ffn_embed_dim: int
-    encoder_attention_heads: int
-    layer_norm_first: bool
-    conv_pos: int
-    conv_pos_groups: int
-    dropout: float
-    attention_dropout: float
-    activation_dropout: float
-    dropout_input: float
-    encoder_layerdrop: float
-    feature_grad_mult: float
-    normalize: bool
-    frame_length_rule: str
+from pretrain.models.recompute import call
+from pretrain.models.speech_config import SpeechEncoderConfig
 
 
 class ConvOutput(NamedTuple):
@@ -73,63 +42,26 @@ class ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-class TransformerEncoder(nn.Module):
-    """Positional convolution and Transformer layers: projected frames to hidden states."""
-
-    def __init__(self, config: SpeechEncoderConfig) -> None:
-        super().__init__()
-        dim = config.encoder_embed_dim
-        self.dropout, self.layer_norm_first = config.dropout, config.layer_norm_first
-        self.pos_conv = ConvPositions(dim, config.conv_pos, config.conv_pos_groups)
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                dim,
-                config.encoder_ffn_embed_dim,
-                config.encoder_attention_heads,
-                config.dropout,
-                config.attention_dropout,
-                config.activation_dropout,
-                config.layer_norm_first,
-            )
-            for _ in range(config.encoder_layers)
-        )
-        self.layer_norm = LayerNorm(dim)
-        for module in self.layers.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, frame_lengths: Tensor | None, skipped: list[bool]) -> list[Tensor]:
-        """(B, F, D) to L + 1 hidden states (B, F, D): the input of every layer, then the encoder's output."""
-        valid = None
-        if frame_lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < frame_lengths.unsqueeze(1)
-            x = torch.where(valid.unsqueeze(2), x, 0.0)
-            valid = valid[:, None, None, :]
-        x = x + self.pos_conv(x)
-        if not self.layer_norm_first:
-            x = self.layer_norm(x)
-        x = dropout(x, self.dropout, self.training)
-        hidden_states = []
-        for layer, skip in zip(self.layers, skipped, strict=True):
-            hidden_states.append(x)
-            if not skip:
-                x = layer(x, valid)
-        hidden_states.append(self.layer_norm(x) if self.layer_norm_first else x)
-        return hidden_states
-
-
 class SpeechEncoder(Encoder):
-    """Waveforms to the L + 1 hidden states of a convolutional Transformer.
+    """Waveforms to the L + 1 hidden states of a convolutional Transformer or conformer.
 
     Source: HuBERT, arXiv 2106.07447, section III-A; fairseq `hubert.py` and `wav2vec2.py`.
     """
 
+    free_fields = (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "dropout_input",
+        "encoder_layerdrop",
+        "feature_grad_mult",
+        "normalize",
+        "frame_length_rule",
+    )
+
     def __init__(self, config: SpeechEncoderConfig) -> None:
-        """Raises ValueError for an unknown `extractor_mode` or `frame_length_rule`."""
+        """Raises ValueError for an unknown `extractor_mode`."""
         super().__init__()
-        if config.frame_length_rule not in FRAME_LENGTH_RULES:
-            raise ValueError(f"frame_length_rule: unknown rule '{config.frame_length_rule}'; use 'fold' or 'conv'")
         self.config = config
         conv_dim, dim = config.conv_feature_layers[-1][0], config.encoder_embed_dim
         self.feature_extractor = ConvFeatureExtractor(
@@ -138,7 +70,7 @@ class SpeechEncoder(Encoder):
         self.layer_norm = LayerNorm(conv_dim)
         self.post_extract_proj = Linear(conv_dim, dim)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
-        self.encoder = TransformerEncoder(config)
+        self.encoder = ContextNetwork(config)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.stride_samples] * (config.encoder_layers + 1)
         self._skipped = [False] * config.encoder_layers
@@ -171,14 +103,14 @@ class SpeechEncoder(Encoder):
         if self.config.normalize:
             waveforms = normalize_waveforms(waveforms, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.feature_grad_mult > 0):
-            conv = self.feature_extractor(waveforms)[:, :max_frames]
+            conv = call(self.feature_extractor, waveforms, recompute=self.encoder.recompute)[:, :max_frames]
         if self.config.feature_grad_mult != 1 and conv.requires_grad:
             conv = ScaleGradient.apply(conv, self.config.feature_grad_mult)
         projected = self.post_extract_proj(self.layer_norm(conv))
         return ConvOutput(conv, projected, self._frame_lengths(lengths, waveforms.shape[1], conv.shape[1]))
 
     def context(self, projected: Tensor, frame_lengths: Tensor | None, mask: Tensor | None = None) -> list[Tensor]:
-        """Transformer over projected frames (B, F, D).
+        """Positions and layers over projected frames (B, F, D).
 
         Returns L + 1 hidden states (B, F, D): the input of every layer, then the output of the encoder (after its
         final layer norm, where the layers have theirs first). Frames where `mask` (B, F) is True are replaced by the
@@ -199,7 +131,7 @@ class SpeechEncoder(Encoder):
         return hidden_states, [frame_lengths] * len(hidden_states)
 
     def compile_regions(self) -> None:
-        """Compile the convolutions and each Transformer layer in place; parameter names stay. Meant for GPUs.
+        """Compile the convolutions and each layer in place; parameter names stay. Meant for GPUs.
 
         Every shape of batch gets kernels of its own, once for all layers: batches should come in few shapes.
         """
@@ -207,6 +139,10 @@ class SpeechEncoder(Encoder):
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for region in (self.feature_extractor, *self.encoder.layers):
             region.compile(dynamic=False)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the convolution stack and of each layer, and compute the rest again in backward."""
+        self.encoder.recompute = True
 
     def draw_layerdrop(self, rng: np.random.Generator) -> None:
         """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`.
@@ -235,16 +171,35 @@ class SpeechEncoder(Encoder):
             total += 2.0 * length * in_dim * out_dim * kernel
             in_dim = out_dim
         projection = 2.0 * length * in_dim * dim
+        if config.is_conformer:
+            return total + projection + config.encoder_layers * self._conformer_flops(length)
         positions = 2.0 * length * dim * (dim // config.conv_pos_groups) * config.conv_pos
         linear = 2.0 * length * (4 * dim * dim + 2 * dim * config.encoder_ffn_embed_dim)
         attention = 4.0 * length * length * dim
         return total + projection + positions + config.encoder_layers * (linear + attention)
 
+    def _conformer_flops(self, length: int) -> float:
+        """Forward of one conformer layer over `length` frames."""
+        config, dim = self.config, self.config.encoder_embed_dim
+        # Four projections of the attention and three of the convolution module; two feed-forwards.
+        linear = 2.0 * length * dim * (7 * dim + 4 * config.encoder_ffn_embed_dim + config.depthwise_conv_kernel_size)
+        attention = 4.0 * length * length * dim
+        if config.pos_enc_type == "rel_pos":
+            attention += self._distance_flops(length) + 4.0 * length * length * dim
+        return linear + attention
+
+    def _distance_flops(self, length: int) -> float:
+        """Projection of one layer's 2 F relative positions."""
+        return 4.0 * length * self.config.encoder_embed_dim**2
+
     def training_flops(self, samples: int) -> float:
-        """Forward and backward of one waveform; the waveform itself needs no gradient."""
-        dim, kernel, _ = self.config.conv_feature_layers[0]
-        first = 2.0 * conv_features.frames(samples, self.config.conv_feature_layers[:1]) * dim * kernel
-        return 3 * self.forward_flops(samples) - first
+        """Forward and backward of one waveform; waveform and table of relative positions need no gradient."""
+        config = self.config
+        dim, kernel, _ = config.conv_feature_layers[0]
+        spared = 2.0 * conv_features.frames(samples, config.conv_feature_layers[:1]) * dim * kernel
+        if config.pos_enc_type == "rel_pos":
+            spared += config.encoder_layers * self._distance_flops(self.frames(samples))
+        return 3 * self.forward_flops(samples) - spared
 
     def _frame_lengths(self, lengths: Tensor | None, samples: int, frames: int) -> Tensor | None:
         if lengths is None:

@@ -11,18 +11,27 @@ from pretrain.models.kernels import LayerNorm, Linear, attention, dropout
 class SelfAttention(nn.Module):
     """Multi-head self-attention; the rows of `qkv_proj` are queries, keys, values."""
 
+    projection = Linear
+
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv_proj = Linear(dim, 3 * dim)
+        self.qkv_proj = self.projection(dim, 3 * dim)
         self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """(B, F, D) to (B, F, D); keys where `valid` (B, 1, 1, F) is False are hidden."""
-        batch, frames, dim = x.shape
-        q, k, v = self.qkv_proj(x).view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = attention(q, k, v, valid, self.dropout if self.training else 0.0)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, frames, dim))
+        q, k, v = self.split(self.qkv_proj(x))
+        return self.merge(attention(q, k, v, valid, self.dropout if self.training else 0.0))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(B, F, 3 D) to queries, keys and values (B, H, F, D / H)."""
+        batch, frames, _ = qkv.shape
+        return qkv.view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """(B, H, F, D / H) to (B, F, D)."""
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class TransformerLayer(nn.Module):
@@ -41,14 +50,15 @@ class TransformerLayer(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         layer_norm_first: bool,
+        layer_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.dropout, self.activation_dropout, self.layer_norm_first = dropout, activation_dropout, layer_norm_first
         self.self_attn = SelfAttention(dim, heads, attention_dropout)
-        self.self_attn_layer_norm = LayerNorm(dim)
+        self.self_attn_layer_norm = LayerNorm(dim, layer_norm_eps)
         self.fc1 = Linear(dim, ffn_dim)
         self.fc2 = Linear(ffn_dim, dim)
-        self.final_layer_norm = LayerNorm(dim)
+        self.final_layer_norm = LayerNorm(dim, layer_norm_eps)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """(B, F, D) to (B, F, D); `valid` as in SelfAttention."""

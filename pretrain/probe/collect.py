@@ -149,11 +149,14 @@ def upstream_source(upstream: Upstream, device: torch.device, layers: list[int])
     """Chosen hidden states of a frozen upstream.
 
     Taken from its encoder, because `Upstream.forward` repeats the last frame to reach s3prl's frame counts. The middle
-    of a frame is that of the convolutional receptive field where the encoder states one, else of the stride.
+    of the first frame is where the encoder says (`first_centre_samples`), else that of its receptive field where it
+    states one, else of the stride.
     """
     encoder = upstream.eval().to(device).encoder
     strides = [encoder.downsample_rates[layer] for layer in layers]
     windows = [getattr(encoder, "receptive_field_samples", stride) for stride in strides]
+    if hasattr(encoder, "first_centre_samples"):
+        windows = [2 * encoder.first_centre_samples] * len(strides)
 
     @torch.inference_mode()
     def extract(waveform: Tensor) -> list[Tensor]:

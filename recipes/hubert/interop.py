@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.interop import speech_encoder
+from pretrain.interop.layouts import fairseq_parts, huggingface_preprocessor
 from pretrain.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
 
 HF_MODEL_TYPES = ("hubert",)
@@ -28,7 +29,9 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
     Raises InteropError for another model's checkpoint, and for options that our encoder or heads lack.
     """
-    model_config, task_config, state = _parts(checkpoint)
+    if "model_weight" in checkpoint and "dictionaries_symbols" not in checkpoint:
+        raise InteropError("dictionaries_symbols: missing, so this is no HuBERT checkpoint; give a HuBERT one")
+    model_config, task_config, state = fairseq_parts(checkpoint, "hubert", "HuBERT")
     if model_config.get("target_glu"):
         raise InteropError("model config: target_glu: True is not supported; this checkpoint cannot be imported")
     config = speech_encoder.config_from_fairseq(model_config, task_config)
@@ -39,7 +42,7 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
 def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
     """The dictionary that s3prl's `hubert_local` loads strictly."""
-    config, encoder_config = trained.config, trained.encoder_config()
+    config, encoder_config = trained.config, _transformer_config(trained)
     head = trained.head_state()
     if missing := [key for key in HEAD_KEYS if key not in head]:
         raise InteropError(f"state dict: missing {', '.join(missing)}, which s3prl requires; give the run's folder")
@@ -66,41 +69,20 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
 
 
 def to_huggingface(trained: TrainedMethod) -> HuggingFaceModel:
-    """What `transformers.HubertModel.from_pretrained` and `AutoFeatureExtractor` load.
-
-    Models with a group norm were published with `return_attention_mask` False, because padding enters their
-    statistics with or without a mask.
-    """
-    config = trained.encoder_config()
-    preprocessor = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": 16000,
-        "padding_value": 0.0,
-        "padding_side": "right",
-        "do_normalize": config["normalize"],
-        "return_attention_mask": config["extractor_mode"] == "layer_norm",
-    }
+    """What `transformers.HubertModel.from_pretrained` and `AutoFeatureExtractor` load."""
+    config = _transformer_config(trained)
     hf_config = {"architectures": ["HubertModel"], "model_type": "hubert"}
-    tensors = speech_encoder.state_to_huggingface(trained.encoder_state())
-    return HuggingFaceModel(hf_config | speech_encoder.config_to_huggingface(config), tensors, preprocessor)
+    tensors = speech_encoder.state_to_huggingface(trained.encoder_state(), config)
+    return HuggingFaceModel(
+        hf_config | speech_encoder.config_to_huggingface(config), tensors, huggingface_preprocessor(config)
+    )
 
 
-def _parts(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """Model config, task config and state dict of either layout."""
-    if "model_weight" in checkpoint:
-        if "dictionaries_symbols" not in checkpoint:
-            raise InteropError("dictionaries_symbols: missing, so this is no HuBERT checkpoint; give a HuBERT one")
-        return checkpoint["model_cfg"], checkpoint["task_cfg"], checkpoint["model_weight"]
-    config, state = checkpoint.get("cfg") or checkpoint.get("args"), checkpoint.get("model")
-    if not isinstance(config, Mapping) or not isinstance(state, Mapping):
+def _transformer_config(trained: TrainedMethod) -> dict[str, Any]:
+    """The encoder's config; raises InteropError for conformer layers, with which nobody else has a HuBERT."""
+    config = trained.encoder_config()
+    if config.get("layer_type", "transformer") != "transformer":
         raise InteropError(
-            f"keys {', '.join(map(str, checkpoint))}: neither fairseq's (cfg, model) nor s3prl's (model_cfg, task_cfg, "
-            "model_weight, dictionaries_symbols); give a checkpoint of one of these layouts"
+            f"method.encoder.layer_type: no other project has a HuBERT of type {config['layer_type']}; export to native"
         )
-    # Checkpoints from before fairseq's cfg hold one flat `args`.
-    model, task = config.get("model", config), config.get("task", config)
-    name = model.get("_name") or model.get("arch") or "hubert"
-    if not name.startswith("hubert"):
-        raise InteropError(f"cfg.model._name: '{name}' is not a HuBERT model; give a HuBERT checkpoint")
-    return model, task, state
+    return config

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.data.collate import frame_labels, stack_waveforms
-from pretrain.losses.masked_prediction import cosine_logits, prediction_loss
-from pretrain.masking import equalise, span_mask
+from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
+from pretrain.masking import equal_span_masks
 from pretrain.method import Batch, Counts, Example, LabelInfo, Method, Progress, Ratio, StepOutput
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.conv_features import receptive_field_samples, stride_samples, valid_frames
@@ -80,8 +80,7 @@ class HubertCollator:
         frames = min(row.shape[1] for row in labels)
         valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
         rngs = [example.rng for example in examples]
-        masks = [self._mask(rng, count, frames) for rng, count in zip(rngs, valid, strict=True)]
-        mask = np.stack(equalise(masks, rngs))
+        mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
         return make_batch(
             waveforms=waveforms,
             lengths=lengths,
@@ -99,11 +98,6 @@ class HubertCollator:
         cut = [frame_labels(line, rate, example.start, self.stride_samples, frames) for line, rate in rates]
         shortest = min(len(line) for line in cut)
         return np.stack([line[:shortest] for line in cut])
-
-    def _mask(self, rng: np.random.Generator, valid_frames: int, frames: int) -> np.ndarray:
-        mask = np.zeros(frames, dtype=bool)
-        mask[:valid_frames] = span_mask(rng, valid_frames, self.mask_prob, self.mask_length, self.mask_min_spans)
-        return mask
 
 
 def make_batch(
@@ -230,8 +224,10 @@ class HubertMethod(Method):
             suffix = f"_{index}" if len(self.class_counts) > 1 else ""
             metrics[f"accuracy_{kind}{suffix}"] = Ratio(correct.float(), positions.numel())
             if kind == "masked":
-                metrics[f"labels{suffix}"] = Counts(_histogram(labels[index] + DICTIONARY_SPECIALS, logits.shape[1]))
-                metrics[f"predictions{suffix}"] = Counts(_histogram(logits.detach().argmax(-1), logits.shape[1]))
+                metrics[f"labels{suffix}"] = Counts(
+                    class_histogram(labels[index] + DICTIONARY_SPECIALS, logits.shape[1])
+                )
+                metrics[f"predictions{suffix}"] = Counts(class_histogram(logits.detach().argmax(-1), logits.shape[1]))
         return total, metrics
 
     def training_flops(self, samples: int) -> float:
@@ -257,9 +253,3 @@ class HubertMethod(Method):
             targets[positions[first_row]] = batch.extras[f"{kind}_labels"][0].cpu()[first_row]
         waveform = batch.waveforms[0, : int(batch.lengths[0])].cpu().float()
         return {"units": unit_figure(waveform, mask[0].cpu(), targets, units)}
-
-
-def _histogram(values: Tensor, size: int) -> Tensor:
-    """Counts of (N,) class ids, (size,) float32, without asking the device for its maximum as bincount does."""
-    counts = torch.zeros(size, device=values.device)
-    return counts.index_add_(0, values, torch.ones_like(values, dtype=counts.dtype))

@@ -1,0 +1,107 @@
+"""The layers between a speech encoder's convolutions and its output: Transformer or conformer, with positions."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.models.conformer import ConformerLayer
+from pretrain.models.kernels import LayerNorm, dropout
+from pretrain.models.positions import ConvPositions, relative_positions, rotary_positions
+from pretrain.models.recompute import call
+from pretrain.models.transformer import TransformerLayer
+
+
+class ContextConfig(Protocol):
+    """What positions and layers need of an encoder's configuration; `SpeechEncoderConfig` says what the fields mean.
+
+    `depthwise_conv_kernel_size` is read where `is_conformer` alone, and a positional convolution where not.
+    """
+
+    encoder_layers: int
+    encoder_embed_dim: int
+    encoder_ffn_embed_dim: int
+    encoder_attention_heads: int
+    layer_norm_first: bool
+    conv_pos: int
+    conv_pos_groups: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    pos_enc_type: str
+    depthwise_conv_kernel_size: int
+
+    @property
+    def is_conformer(self) -> bool: ...
+
+
+class ContextNetwork(nn.Module):
+    """Positions and layers: projected frames to hidden states.
+
+    Source: fairseq `TransformerEncoder` and `ConformerEncoder`. The positional convolution, which the latter inherits
+    but never uses, exists only where it is used: a parameter without a gradient would be a burden under ZeRO.
+    `recompute` says whether the layers' activations are computed twice instead of kept.
+    """
+
+    def __init__(self, config: ContextConfig) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.dropout, self.layer_norm_first = config.dropout, config.layer_norm_first
+        self.pos_enc_type, self.head_dim = config.pos_enc_type, dim // config.encoder_attention_heads
+        self.recompute = False
+        if self.pos_enc_type == "abs":
+            self.pos_conv = ConvPositions(dim, config.conv_pos, config.conv_pos_groups)
+        self.layers = nn.ModuleList(make_layer(config) for _ in range(config.encoder_layers))
+        self.layer_norm = LayerNorm(dim)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, frame_lengths: Tensor | None, skipped: list[bool]) -> list[Tensor]:
+        """(B, F, D) to L + 1 hidden states (B, F, D): the input of every layer, then the encoder's output."""
+        valid = None
+        if frame_lengths is not None:
+            valid = torch.arange(x.shape[1], device=x.device) < frame_lengths.unsqueeze(1)
+            x = torch.where(valid.unsqueeze(2), x, 0.0)
+            valid = valid[:, None, None, :]
+        x, positions = self._positions(x)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = dropout(x, self.dropout, self.training)
+        hidden_states = []
+        for layer, skip in zip(self.layers, skipped, strict=True):
+            hidden_states.append(x)
+            if not skip:
+                x = call(layer, x, valid, *positions, recompute=self.recompute)
+        hidden_states.append(self.layer_norm(x) if self.layer_norm_first else x)
+        return hidden_states
+
+    def _positions(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Frames with their absolute positions, and the table of positions that the layers take beside them."""
+        _, frames, dim = x.shape
+        if self.pos_enc_type == "abs":
+            return x + self.pos_conv(x), ()
+        if self.pos_enc_type == "rel_pos":
+            return x, (relative_positions(frames, dim, x.device),)
+        return x, (rotary_positions(frames, self.head_dim, x.device),)
+
+
+def make_layer(config: ContextConfig) -> nn.Module:
+    """One layer of the configured type."""
+    dim, ffn_dim, heads = config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads
+    if config.is_conformer:
+        kernel = config.depthwise_conv_kernel_size
+        return ConformerLayer(dim, ffn_dim, heads, config.dropout, kernel, config.pos_enc_type)
+    return TransformerLayer(
+        dim,
+        ffn_dim,
+        heads,
+        config.dropout,
+        config.attention_dropout,
+        config.activation_dropout,
+        config.layer_norm_first,
+    )

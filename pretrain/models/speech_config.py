@@ -1,0 +1,78 @@
+"""Shape and regularisation of the shared speech encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.errors import UserError
+
+FRAME_LENGTH_RULES = ("fold", "conv")
+# Layer type -> how its layers learn positions.
+POSITIONS = {"transformer": ("abs",), "conformer": ("rel_pos", "rope")}
+
+
+@dataclass
+class SpeechEncoderConfig:
+    """Shape and regularisation of a speech encoder; the names are fairseq's, the values the recipe's.
+
+    `conv_feature_layers` lists (dim, kernel, stride). `normalize` brings each waveform to zero mean and unit variance
+    over its own samples. `frame_length_rule` says which frames of a padded waveform are real: "conv" the exact count
+    (wav2vec 2.0, data2vec, transformers), "fold" fairseq's HuBERT and WavLM rule (a frame is padding only if all
+    samples of its stride are).
+
+    `layer_type` "conformer" goes with `pos_enc_type` "rel_pos" or "rope", "transformer" with "abs", the positional
+    convolution. A conformer uses `dropout` everywhere and, as in fairseq, neither `attention_dropout` nor
+    `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused convolution that other projects
+    want in an export. Raises ValueError for an unknown `frame_length_rule`, UserError for layers, positions, heads and
+    kernel that do not go together.
+    """
+
+    extractor_mode: str
+    conv_feature_layers: list[list[int]]
+    conv_bias: bool
+    encoder_layers: int
+    encoder_embed_dim: int
+    encoder_ffn_embed_dim: int
+    encoder_attention_heads: int
+    layer_norm_first: bool
+    conv_pos: int
+    conv_pos_groups: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    dropout_input: float
+    encoder_layerdrop: float
+    feature_grad_mult: float
+    normalize: bool
+    frame_length_rule: str
+    layer_type: str = "transformer"
+    pos_enc_type: str = "abs"
+    depthwise_conv_kernel_size: int = 31
+
+    def __post_init__(self) -> None:
+        if self.frame_length_rule not in FRAME_LENGTH_RULES:
+            raise ValueError(f"frame_length_rule: unknown rule '{self.frame_length_rule}'; use 'fold' or 'conv'")
+        if self.layer_type not in POSITIONS:
+            raise UserError(
+                f"method.encoder.layer_type: unknown type '{self.layer_type}'; use {' or '.join(POSITIONS)}"
+            )
+        if self.pos_enc_type not in POSITIONS[self.layer_type]:
+            raise UserError(
+                f"method.encoder.pos_enc_type: '{self.pos_enc_type}' does not go with layer_type {self.layer_type}; "
+                f"use {' or '.join(POSITIONS[self.layer_type])}"
+            )
+        if self.is_conformer and self.depthwise_conv_kernel_size % 2 == 0:
+            raise UserError(
+                f"method.encoder.depthwise_conv_kernel_size: {self.depthwise_conv_kernel_size} is even, so that no "
+                "padding keeps the number of frames; use an odd one"
+            )
+        if self.pos_enc_type == "rope" and self.encoder_embed_dim // self.encoder_attention_heads % 2:
+            raise UserError(
+                "method.encoder.encoder_attention_heads: rope turns pairs of channels, and "
+                f"{self.encoder_embed_dim} / {self.encoder_attention_heads} is no even number; use other heads"
+            )
+
+    @property
+    def is_conformer(self) -> bool:
+        """Whether the layers are conformer blocks."""
+        return self.layer_type == "conformer"

@@ -1,0 +1,1 @@
+"""Codebooks that turn frames into entries: chosen by Gumbel-softmax, by nearest neighbour, or at random."""

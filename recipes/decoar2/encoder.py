@@ -1,0 +1,101 @@
+"""DeCoAR 2.0's network: every second filter-bank frame into wav2vec 2.0's Transformer.
+
+Source: arXiv 2012.06659, section 2; lingss0918/fairseq `examples/decoar/models/decoar2.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.config import typed
+from pretrain.features.front_end import FrontEndConfig
+from pretrain.models.context import ContextNetwork
+from pretrain.models.kernels import Linear, dropout
+from pretrain.models.predictive_encoder import PredictiveEncoder
+
+
+@dataclass
+class Decoar2EncoderConfig:
+    """Names are fairseq's; `dropout_input` follows the projection of the frames."""
+
+    front_end: FrontEndConfig
+    encoder_layers: int
+    encoder_embed_dim: int
+    encoder_ffn_embed_dim: int
+    encoder_attention_heads: int
+    conv_pos: int
+    conv_pos_groups: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    dropout_input: float
+    encoder_layerdrop: float
+
+    # What every version of DeCoAR 2.0 has of `ContextNetwork`'s choices.
+    layer_norm_first: ClassVar[bool] = False
+    pos_enc_type: ClassVar[str] = "abs"
+    is_conformer: ClassVar[bool] = False
+    depthwise_conv_kernel_size: ClassVar[int] = 0
+
+
+class Decoar2Encoder(PredictiveEncoder):
+    """Waveforms to L + 1 hidden states: the input of every layer, then the output of the last."""
+
+    free_fields = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
+
+    def __init__(self, config: Decoar2EncoderConfig) -> None:
+        super().__init__(config.front_end, None, config.encoder_embed_dim, config.encoder_layers + 1)
+        self.config = config
+        self.post_extract_proj = Linear(self.front_end.dim, config.encoder_embed_dim)
+        self.encoder = ContextNetwork(config)
+        self._skipped = [False] * config.encoder_layers
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Decoar2Encoder:
+        return cls(typed(Decoar2EncoderConfig, config, "encoder"))
+
+    def to_config(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
+        """(B, F, dim) features, `frame_lengths` (B,) of them real (None: all), to L + 1 hidden states (B, F, D)."""
+        x = dropout(self.post_extract_proj(features), self.config.dropout_input, self.training)
+        skipped = self._skipped if self.training else [False] * self.config.encoder_layers
+        return self.encoder(x, frame_lengths, skipped)
+
+    def draw_layerdrop(self, rng: np.random.Generator) -> None:
+        """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`."""
+        self._skipped = [bool(rng.random() <= self.config.encoder_layerdrop) for _ in self._skipped]
+
+    def compile_regions(self) -> None:
+        """Compile each layer in place; parameter names stay. Meant for GPUs."""
+        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for layer in self.encoder.layers:
+            layer.compile(dynamic=False)
+
+    def checkpoint_activations(self) -> None:
+        """Keep the input of every layer alone, and compute the rest again in backward."""
+        self.encoder.recompute = True
+
+    def truncated(self, layer: int) -> Decoar2Encoder:
+        """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
+        copy = Decoar2Encoder(replace(self.config, encoder_layers=layer))
+        kept = copy.state_dict().keys()
+        copy.load_state_dict({key: value for key, value in self.state_dict().items() if key in kept})
+        return copy.to(self.post_extract_proj.weight.device).train(self.training)
+
+    def training_flops(self, samples: int) -> float:
+        """Forward and backward of one waveform of `samples`; the features themselves need no gradient."""
+        config, dim, frames = self.config, self.config.encoder_embed_dim, self.front_end.frames(samples)
+        first = 2.0 * frames * self.front_end.dim * dim
+        positions = 2.0 * frames * dim * (dim // config.conv_pos_groups) * config.conv_pos
+        linear = 2.0 * frames * (4 * dim * dim + 2 * dim * config.encoder_ffn_embed_dim)
+        attention = 4.0 * frames * frames * dim
+        # The mask vector takes part in the first product, so that some of its gradient is needed, but only there.
+        return 3 * (first + positions + config.encoder_layers * (linear + attention)) - first

@@ -1,0 +1,253 @@
+"""wav2vec's and vq-wav2vec's configuration, negatives and loss.
+
+Source: arXiv 1904.05862 and 1910.05453; `fairseq/models/wav2vec/wav2vec.py`, `fairseq/criterions/wav2vec_criterion.py`.
+Letters: B rows, F frames, S steps, N negatives, G groups, V entries; U = F - offset frames are targets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.config import ConfigError
+from pretrain.data.collate import stack_waveforms
+from pretrain.losses.contrastive import draw_negatives
+from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
+from pretrain.models.conv_features import frames as count_frames
+from pretrain.models.conv_features import receptive_field_samples, stride_samples
+from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
+from recipes.wav2vec.encoder import Wav2VecEncoder, Wav2VecEncoderConfig
+from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
+from recipes.wav2vec.loss import StepPredictor, candidate_logits, step_hits, step_loss
+
+
+@dataclass
+class Wav2VecConfig:
+    """Published hyper-parameters.
+
+    Gumbel: `vq_temp` is the temperature's start, its end and its decay per update; `diversity_loss_weight` multiplies
+    the entries that the softmax leaves unused, groups times entries less `prob_perplexity`. k-means: `vq_gamma` is the
+    weight of the commitment beside the codebook loss, `kmeans_loss_weight` that of both, `kmeans_init_std` the spread
+    of the first entries. Each is null without its quantizer.
+    """
+
+    name: str
+    encoder: Wav2VecEncoderConfig
+    prediction_steps: int
+    num_negatives: int
+    vq_temp: list[float] | None
+    diversity_loss_weight: float | None
+    vq_gamma: float | None
+    kmeans_loss_weight: float | None
+    kmeans_init_std: float | None
+
+    def __post_init__(self) -> None:
+        quantizer = self.encoder.quantizer
+        used = "none" if quantizer is None else quantizer.vq_type
+        owners = dict.fromkeys(("vq_temp", "diversity_loss_weight"), "gumbel")
+        owners |= dict.fromkeys(("vq_gamma", "kmeans_loss_weight", "kmeans_init_std"), "kmeans")
+        for field, owner in owners.items():
+            if used == owner and getattr(self, field) is None:
+                raise ConfigError(f"method.{field}: missing; the quantizer {owner} needs it")
+            if used != owner and getattr(self, field) is not None:
+                raise ConfigError(f"method.{field}: belongs to the quantizer {owner}; set it to null")
+        if self.vq_temp is not None and len(self.vq_temp) != 3:
+            raise ConfigError(f"method.vq_temp: {self.vq_temp}; give start, end and decay per update")
+
+    @property
+    def offset(self) -> int:
+        """Frames between a context frame and its nearest target, so that they share no sample: 3 for wav2vec."""
+        layers = self.encoder.conv_feature_layers
+        return math.ceil(receptive_field_samples(layers) / stride_samples(layers))
+
+
+@dataclass(frozen=True)
+class Wav2VecCollator:
+    """Draws the negatives of a batch; see `Wav2VecMethod` for what it puts into `extras`."""
+
+    conv_feature_layers: list[list[int]]
+    offset: int
+    prediction_steps: int
+    num_negatives: int
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return stride_samples(self.conv_feature_layers)
+
+    @property
+    def receptive_field_samples(self) -> int:
+        """Samples that one frame sees."""
+        return receptive_field_samples(self.conv_feature_layers)
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        waveforms, lengths, padded = stack_waveforms(examples)
+        frames = int(count_frames(waveforms.shape[1], self.conv_feature_layers))
+        valid = count_frames(lengths, self.conv_feature_layers).tolist()
+        negatives = np.zeros((len(examples), frames, self.num_negatives), dtype=np.int64)
+        for row, (example, count) in enumerate(zip(examples, valid, strict=True)):
+            negatives[row, :count] = draw_negatives(example.rng, np.arange(count), count, self.num_negatives)
+        return make_batch(
+            waveforms=waveforms,
+            lengths=lengths,
+            padded=padded,
+            rows=torch.tensor([example.row for example in examples]),
+            negatives=negatives,
+            valid=np.arange(frames) < np.array(valid)[:, None],
+            offset=self.offset,
+            steps=self.prediction_steps,
+        )
+
+
+def make_batch(
+    *,
+    waveforms: Tensor,
+    lengths: Tensor,
+    padded: bool,
+    rows: Tensor,
+    negatives: np.ndarray,
+    valid: np.ndarray,
+    offset: int,
+    steps: int,
+) -> Batch:
+    """Assemble a batch from negatives (B, F, N), frame numbers within their row, and valid frames (B, F)."""
+    rows_, frames = valid.shape
+    own = np.broadcast_to(np.arange(frames)[None, :, None], (rows_, frames, 1))
+    candidates = np.concatenate([own, negatives], axis=2) + frames * np.arange(rows_)[:, None, None]
+    targets = np.arange(max(0, frames - offset))
+    scored = valid[:, offset:, None] & (targets[:, None] >= np.arange(steps))
+    extras = {
+        "candidates": candidates[:, offset:],
+        "scored": scored,
+        "valid": valid,
+        "valid_positions": np.flatnonzero(valid),
+    }
+    return Batch(
+        waveforms=waveforms,
+        lengths=lengths,
+        sample_size=int(scored.sum()),
+        rows=rows,
+        padded=padded,
+        extras={name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in extras.items()},
+    )
+
+
+class Targets(NamedTuple):
+    """`frames` (B, F, E) what the aggregator sees and the steps predict; `codes` (B, F, G) of these, None without a
+    codebook; `losses` () of the quantizer by name, weighted, as means; `metrics` of the codebooks.
+    """
+
+    frames: Tensor
+    codes: Tensor | None
+    losses: dict[str, Tensor]
+    metrics: dict[str, Ratio | Counts]
+
+
+class Wav2VecMethod(Method):
+    """Encoder and step predictions; the loss tells the next frames from others of the same clip.
+
+    Reads `batch.extras`: `candidates` (B, U, 1 + N) int64 flat frame positions, each target frame's own and then its
+    negatives; `scored` (B, U, S) bool, True where step i leads from a frame of the clip to this target; `valid` (B, F)
+    bool and `valid_positions` (M,) int64, the frames that are no padding.
+    """
+
+    Config = Wav2VecConfig
+    config: Wav2VecConfig
+    encoder: Wav2VecEncoder
+
+    def __init__(self, config: Wav2VecConfig) -> None:
+        super().__init__(config)
+        self.encoder = Wav2VecEncoder(config.encoder)
+        if isinstance(self.encoder.vector_quantizer, KMeansVectorQuantizer):
+            torch.nn.init.normal_(self.encoder.vector_quantizer.embedding, std=config.kmeans_init_std)
+        target_dim, context_dim = self.encoder.hidden_sizes[0], self.encoder.hidden_sizes[-1]
+        self.wav2vec_predictions = StepPredictor(context_dim, target_dim, config.prediction_steps)
+
+    @classmethod
+    def collator(cls, config: Wav2VecConfig) -> Wav2VecCollator:
+        """The collator of this configuration."""
+        return Wav2VecCollator(
+            conv_feature_layers=config.encoder.conv_feature_layers,
+            offset=config.offset,
+            prediction_steps=config.prediction_steps,
+            num_negatives=config.num_negatives,
+        )
+
+    def before_step(self, progress: Progress) -> None:
+        """Set the temperature of this update."""
+        if isinstance(self.encoder.vector_quantizer, GumbelVectorQuantizer):
+            self.encoder.vector_quantizer.temperature = temperature_at(progress.update, *self.config.vq_temp)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Loss terms in nats per positive; `accuracy` the share of positives above all negatives, see `step_hits`."""
+        targets = self.targets(batch)
+        context = self.encoder.context(targets.frames)[-1]
+        logits = self.logits(context, targets.frames, batch)
+        with torch.autocast(logits.device.type, enabled=False):
+            prediction = step_loss(logits, batch.extras["scored"])
+        hits = step_hits(logits, batch.extras["scored"], batch.extras["candidates"], targets.codes)
+        loss, metrics = prediction, targets.metrics
+        for name, mean in targets.losses.items():
+            # A mean, times the unit count, survives the trainer's division as a mean.
+            loss = loss + mean * batch.sample_size
+            metrics[f"loss_{name}"] = Ratio(mean.detach(), 1.0)
+        metrics["loss"] = Ratio(loss.detach(), batch.sample_size)
+        metrics["loss_prediction"] = Ratio(prediction.detach(), batch.sample_size)
+        metrics["accuracy"] = Ratio(hits, batch.sample_size)
+        return StepOutput(loss, metrics)
+
+    def logits(self, context: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        """(B, U, S, 1 + N) logits of context (B, F, C) against targets (B, F, E), the true target first."""
+        candidates = batch.extras["candidates"]
+        return candidate_logits(self.wav2vec_predictions(context[:, : candidates.shape[1]]), targets, candidates)
+
+    def targets(self, batch: Batch) -> Targets:
+        """Latent frames of the batch, quantized where the encoder has a codebook."""
+        z = self.encoder.features(batch.waveforms)
+        quantizer = self.encoder.vector_quantizer
+        if isinstance(quantizer, GumbelVectorQuantizer):
+            return self._gumbel(quantizer, z, batch)
+        if isinstance(quantizer, KMeansVectorQuantizer):
+            return self._kmeans(quantizer, z, batch)
+        return Targets(z, None, {}, {})
+
+    def _gumbel(self, quantizer: GumbelVectorQuantizer, z: Tensor, batch: Batch) -> Targets:
+        flat, positions = z.flatten(0, 1), batch.extras["valid_positions"]
+        # Padding has no part in how the codebook is used; the aggregator sees zeros there.
+        quantized = quantizer(flat.index_select(0, positions) if batch.padded else flat)
+        vectors, codes = quantized.vectors, quantized.codes
+        if batch.padded:
+            vectors = vectors.new_zeros(flat.shape).index_copy(0, positions, vectors)
+            codes = codes.new_zeros(len(flat), quantizer.groups).index_copy(0, positions, codes)
+        metrics = _histograms(quantized.counts)
+        metrics["prob_perplexity"] = Ratio(quantized.prob_perplexity.detach(), 1.0)
+        metrics["temperature"] = Ratio(torch.full((), quantizer.temperature, device=z.device), 1.0)
+        unused = quantizer.groups * quantizer.num_vars - quantized.prob_perplexity
+        losses = {"diversity": self.config.diversity_loss_weight * unused} if self.config.diversity_loss_weight else {}
+        return Targets(vectors.view(z.shape), codes.unflatten(0, z.shape[:2]), losses, metrics)
+
+    def _kmeans(self, quantizer: KMeansVectorQuantizer, z: Tensor, batch: Batch) -> Targets:
+        quantized = quantizer(z, batch.extras["valid"] if batch.padded else None)
+        loss = quantized.codebook_loss + self.config.vq_gamma * quantized.commitment_loss
+        losses = {"kmeans": self.config.kmeans_loss_weight * loss}
+        codes = quantized.codes.flatten(0, 1).index_select(0, batch.extras["valid_positions"]).T
+        counts = torch.zeros(quantizer.groups, quantizer.num_vars, device=z.device)
+        counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype))
+        return Targets(quantized.vectors, quantized.codes, losses, _histograms(counts))
+
+    def training_flops(self, samples: int) -> float:
+        """Encoder, step matrices, and products with the candidates."""
+        frames = count_frames(samples, self.config.encoder.conv_feature_layers)
+        head = self.wav2vec_predictions.project_to_steps.weight.numel()
+        products = self.config.prediction_steps * (1 + self.config.num_negatives) * self.encoder.hidden_sizes[0]
+        return self.encoder.training_flops(samples) + 3 * 2.0 * frames * (head + products)
+
+
+def _histograms(counts: Tensor) -> dict[str, Ratio | Counts]:
+    """How often each entry was taken, one histogram per group of (G, V)."""
+    return {f"codes_{group}": Counts(row) for group, row in enumerate(counts)}
