@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, typed
-from pretrain.method import load_method, method_names
+from pretrain.method import RECIPES_DIR, load_method, method_names
 
 BEGIN, END = "<!-- recipes: written by make table -->", "<!-- end of recipes -->"
 # The method that shows best how a kind of objective is built here.
@@ -114,12 +114,25 @@ def with_short_table(readme: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"README.md: the markers {BEGIN} and {END} are missing; put them around the table of recipes")
-    table = _table(["Recipe", "What it is", "Encoder", "Data"], [_row(recipe)[:4] for recipe in recipes()])
-    return f"{before}{begin}\n{table}\n{end}{after}"
+    return f"{before}{begin}\n{_table(['Method', 'Recipes'], _methods())}\n{end}{after}"
+
+
+def _methods() -> list[list[str]]:
+    """One row per method: its page, and its recipes without those that only rename one."""
+    names: dict[str, list[str]] = {}
+    for name in recipe_names():
+        if _alias_of(CONF_DIR / "recipe" / f"{name}.yaml") is None:
+            names.setdefault(compose_recipe(name)["method"]["name"], []).append(f"`{name}`")
+    rows = []
+    for method in sorted(names):
+        readme = RECIPES_DIR / method / "README.md"
+        title = readme.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        rows.append([f"[{title}](recipes/{method}/README.md)", ", ".join(names[method])])
+    return rows
 
 
 def _row(recipe: Recipe) -> list[str]:
-    """Cells in the order of the long table's header; the short one has the first four."""
+    """Cells in the order of the long table's header."""
     files = [f"[{recipe.method}]({recipe.method}/README.md)", f"[YAML](../conf/recipe/{recipe.name}.yaml)"]
     if recipe.alias_of:
         return [f"`{recipe.name}`", f"`{recipe.alias_of}` by another name", "", "", *files, ""]

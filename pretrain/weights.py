@@ -141,7 +141,7 @@ def _compare(encoder: Encoder, weights: Weights) -> list[str]:
                 f"{weights.origin}: method.encoder.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} in the "
                 "recipe; choose the recipe that the weights were trained with, or set the field to their value"
             )
-    listed = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in differing)
+    listed = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in differing)
     return [f"the recipe's options of the encoder are used where they differ: {listed}"] if differing else []
 
 

@@ -20,6 +20,11 @@ def cells(page: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
+def is_alias(path: Path) -> bool:
+    """Whether a recipe only renames another: two lines."""
+    return len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
     return cells((ROOT / "recipes" / "README.md").read_text(encoding="utf-8"))
@@ -63,8 +68,13 @@ def test_sizes_are_the_published_ones(table: dict[str, list[str]]) -> None:
 
 def test_text_around_the_short_table_stays_and_missing_markers_are_named() -> None:
     written = with_short_table(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert written.startswith(f"before\n{BEGIN}\n| Recipe")
+    assert written.startswith(f"before\n{BEGIN}\n| Method")
     assert written.endswith(f"|\n{END}\nafter\n")
     assert "old" not in written
+    listed = re.findall(r"`(\w+)`", written)
+    assert sorted(listed) == sorted(path.stem for path in (CONF_DIR / "recipe").iterdir() if not is_alias(path))
+    links = re.findall(r"\]\(([^)]+)\)", written)
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
     with pytest.raises(ConfigError, match=r"README\.md: the markers"):
         with_short_table("no markers")

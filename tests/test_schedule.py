@@ -73,6 +73,20 @@ def test_linear_and_cosine_after_their_warmup() -> None:
     assert (linear.factor(500), cosine.factor(500)) == (0.0, pytest.approx(0.2))
 
 
+def test_cosine_warms_up_from_its_first_rate() -> None:
+    values = {
+        "name": "cosine",
+        "warmup_updates": 500,
+        "total_updates": 400_000,
+        "init_factor": 2e-5,
+        "end_factor": 2e-4,
+    }
+    schedule = build_schedule(values)
+    # fairseq's wav2vec: from 1e-7 to 5e-3 in steps of (5e-3 - 1e-7) / 500, then down to 1e-6.
+    for update, rate in ((0, 1e-7), (1, 1e-7 + 4.9999e-3 / 500), (250, 2.50005e-3), (500, 5e-3), (400_000, 1e-6)):
+        assert 5e-3 * schedule.factor(update) == pytest.approx(rate, rel=1e-9)
+
+
 def test_constant_stays_at_its_peak_after_a_ramp() -> None:
     schedule = build_schedule({"name": "constant", "warmup_updates": 4, "total_updates": 100})
     assert [schedule.factor(n) for n in (0, 1, 3, 4, 99, 1000)] == [0.0, 0.25, 0.75, 1.0, 1.0, 1.0]

@@ -68,6 +68,6 @@ def test_what_cannot_be_imported_or_exported_says_why() -> None:
     with pytest.raises(InteropError, match="not \\(768, 80\\)"):
         interop.from_pt({"model": {"post_extract_proj.weight": torch.zeros(96, 80)}})
     method = build("decoar2_tiny")
+    small = TrainedMethod("decoar2", {"encoder": method.encoder.to_config()}, dict(method.state_dict()))
     with pytest.raises(InteropError, match=r"method\.encoder\.encoder_layers: 2 where s3prl"):
-        config = {"encoder": method.encoder.to_config()}
-        interop.to_s3prl(TrainedMethod("decoar2", config, dict(method.state_dict())))
+        interop.to_s3prl(small)

@@ -67,26 +67,28 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
     head = trained.head_state()
     if missing := [key for key in HEAD_KEYS if key not in head]:
         raise InteropError(f"state dict: missing {', '.join(missing)}, which s3prl requires; give the run's folder")
-    config, encoder = trained.config, trained.encoder_config()
+    return {
+        "task_cfg": {"sample_rate": 16000, "normalize": False},
+        "model_cfg": config_to_fairseq(trained.config),
+        "model_weight": FAIRSEQ_KEYS.to_theirs(trained.encoder_state()) | {key: head[key] for key in HEAD_KEYS},
+    }
+
+
+def config_to_fairseq(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `method` block as fairseq's model config."""
+    encoder = config["encoder"]
     aggregator = [(dim, kernel, 1) for dim, kernel in encoder["conv_aggregator_layers"]]
-    quantizer = encoder["quantizer"] or {"vq_type": "none"}
-    optional = {name: config[name] for name in ("vq_temp", "vq_gamma") if config[name] is not None}
-    model = {
+    return {
         **{name: encoder[name] for name in _FIELDS},
         **_FIXED,
-        **quantizer,
-        **optional,
+        **(encoder["quantizer"] or {"vq_type": "none"}),
+        **{name: config[name] for name in ("vq_temp", "vq_gamma") if config[name] is not None},
         "conv_feature_layers": repr([tuple(layer) for layer in encoder["conv_feature_layers"]]),
         "conv_aggregator_layers": repr(aggregator),
         "prediction_steps": config["prediction_steps"],
         "num_negatives": config["num_negatives"],
         "infonce": False,
         "offset": "auto",
-    }
-    return {
-        "task_cfg": {"sample_rate": 16000, "normalize": False},
-        "model_cfg": model,
-        "model_weight": FAIRSEQ_KEYS.to_theirs(trained.encoder_state()) | {key: head[key] for key in HEAD_KEYS},
     }
 
 

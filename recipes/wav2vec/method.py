@@ -116,9 +116,9 @@ def make_batch(
     steps: int,
 ) -> Batch:
     """Assemble a batch from negatives (B, F, N), frame numbers within their row, and valid frames (B, F)."""
-    rows_, frames = valid.shape
-    own = np.broadcast_to(np.arange(frames)[None, :, None], (rows_, frames, 1))
-    candidates = np.concatenate([own, negatives], axis=2) + frames * np.arange(rows_)[:, None, None]
+    count, frames = valid.shape
+    own = np.broadcast_to(np.arange(frames)[None, :, None], (count, frames, 1))
+    candidates = np.concatenate([own, negatives], axis=2) + frames * np.arange(count)[:, None, None]
     targets = np.arange(max(0, frames - offset))
     scored = valid[:, offset:, None] & (targets[:, None] >= np.arange(steps))
     extras = {

@@ -1,47 +1,57 @@
-"""s3prl's copy of fairseq's Wav2VecModel, with the weights and negatives of one of our methods; for tests alone."""
+"""wav2vec's training step in fairseq and in s3prl's copy of it, for tools/benchmark.py and the tests.
+
+Each takes our configuration and our batch and returns the summed loss. The negatives are drawn in the forward, as they
+ship it, so those of the batch are not used.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from s3prl.upstream.wav2vec.wav2vec_model import Wav2VecConfig, Wav2VecModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from pretrain.interop.types import TrainedMethod
 from pretrain.method import Batch
-from recipes.wav2vec import interop
-from recipes.wav2vec.method import Wav2VecMethod
+from recipes.wav2vec.interop import config_to_fairseq
+from recipes.wav2vec.method import Wav2VecConfig
 
 
-def official(method: Wav2VecMethod, batch: Batch) -> Wav2VecModel:
-    """The official model, which takes its negatives from `batch` instead of drawing them."""
-    exported = interop.to_s3prl(TrainedMethod("wav2vec", asdict(method.config), method.state_dict()))
-    model = Wav2VecModel(Wav2VecConfig(**exported["model_cfg"] | {"offset": "auto"}))
-    model.load_state_dict(exported["model_weight"])
-    offset = method.config.offset
-    frames = batch.extras["candidates"].shape[1] + offset
+class OfficialWav2Vec(nn.Module):
+    """A `Wav2VecModel` under the loss of fairseq's wav2vec criterion."""
 
-    def sample_negatives(targets: Tensor) -> Tensor:
-        """(B, C, F) targets to (N, B, C, F) negatives; the first `offset` frames are no targets, so anything does."""
-        positions = F.pad(batch.extras["candidates"][:, :, 1:], (0, 0, offset, 0)) % frames
-        columns = positions.permute(2, 0, 1).unsqueeze(2).expand(-1, -1, targets.shape[1], -1)
-        return targets.unsqueeze(0).expand(len(columns), -1, -1, -1).gather(3, columns)
+    def __init__(self, config: Wav2VecConfig, model_class: type[nn.Module], config_class: Callable[..., Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model_class(config_class(**config_to_fairseq(asdict(config))))
 
-    model.wav2vec_predictions.sample_negatives = sample_negatives
-    return model.train(method.training)
+    def forward(self, batch: Batch) -> Tensor:
+        """The sum over the positives of an unpadded batch."""
+        return self.loss(self.model(batch.waveforms), batch)
+
+    def loss(self, result: dict[str, Any], batch: Batch) -> Tensor:
+        """Of the model's output: binary cross-entropy, and what the quantizer adds."""
+        labels = self.model.get_targets(None, result)
+        loss = F.binary_cross_entropy_with_logits(result["cpc_logits"].float(), labels.float(), reduction="sum")
+        weight = self.config.kmeans_loss_weight or self.config.diversity_loss_weight
+        return loss + weight * self.model.get_extra_losses(result) * batch.sample_size if weight else loss
 
 
-def by_target(flat: Tensor, batch: Batch, steps: int) -> Tensor:
-    """The official model's flat logits in our order: (B, U, S, 1 + N), zero where no context frame leads."""
-    rows, targets, candidates = batch.extras["candidates"].shape
-    ordered = torch.zeros(rows, targets, steps, candidates)
-    start = 0
-    for step in range(min(steps, targets)):
-        count = candidates * rows * (targets - step)
-        block = flat[start : start + count].view(candidates, rows, targets - step)
-        ordered[:, step:, step] = block.permute(1, 2, 0)
-        start += count
-    assert start == len(flat)
-    return ordered
+def s3prl_wav2vec(config: Wav2VecConfig) -> OfficialWav2Vec:
+    """s3prl's copy."""
+    from s3prl.upstream.wav2vec.wav2vec_model import Wav2VecConfig as TheirConfig
+    from s3prl.upstream.wav2vec.wav2vec_model import Wav2VecModel
+
+    return OfficialWav2Vec(config, Wav2VecModel, TheirConfig)
+
+
+def fairseq_wav2vec(config: Wav2VecConfig) -> OfficialWav2Vec:
+    """fairseq's own."""
+    from fairseq.models.wav2vec.wav2vec import Wav2VecConfig as TheirConfig
+    from fairseq.models.wav2vec.wav2vec import Wav2VecModel
+
+    return OfficialWav2Vec(config, Wav2VecModel, TheirConfig)
+
+
+PEERS: dict[str, Callable[[Wav2VecConfig], nn.Module]] = {"s3prl": s3prl_wav2vec, "fairseq": fairseq_wav2vec}

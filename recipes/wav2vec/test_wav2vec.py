@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.errors import UserError
+from pretrain.interop.types import TrainedMethod
 from pretrain.method import Batch, Example, Progress, StepOutput
-from recipes.wav2vec.interop import FAIRSEQ_KEYS
+from recipes.wav2vec.interop import FAIRSEQ_KEYS, to_s3prl
 from recipes.wav2vec.loss import step_hits
 from recipes.wav2vec.method import Wav2VecConfig, Wav2VecMethod
-from recipes.wav2vec.peers import by_target, official
+from recipes.wav2vec.peers import OfficialWav2Vec, s3prl_wav2vec
 
 SMALL = (
     "method.encoder.conv_feature_layers=[[24,10,5],[24,8,4],[24,4,2],[24,4,2],[24,4,2],[24,1,1]]",
@@ -64,6 +66,39 @@ def even_batch(method: Wav2VecMethod) -> Batch:
     return collate(method, waveforms, torch.tensor([8_000, 8_000]))
 
 
+def official(method: Wav2VecMethod, batch: Batch) -> OfficialWav2Vec:
+    """The official model with our weights; it takes its negatives from `batch` instead of drawing them."""
+    exported = to_s3prl(TrainedMethod("wav2vec", asdict(method.config), method.state_dict()))
+    peer = s3prl_wav2vec(method.config)
+    peer.model.load_state_dict(exported["model_weight"])
+    offset = method.config.offset
+    # The first frames are no targets, so any negatives will do there.
+    candidates = F.pad(batch.extras["candidates"][:, :, 1:], (0, 0, offset, 0))
+
+    def sample_negatives(targets: Tensor) -> Tensor:
+        """(B, C, F) targets to (N, B, C, F) negatives."""
+        columns = (candidates % candidates.shape[1]).permute(2, 0, 1).unsqueeze(2)
+        columns = columns.expand(-1, -1, targets.shape[1], -1)
+        return targets.unsqueeze(0).expand(len(columns), -1, -1, -1).gather(3, columns)
+
+    peer.model.wav2vec_predictions.sample_negatives = sample_negatives
+    return peer.train(method.training)
+
+
+def by_target(flat: Tensor, batch: Batch, steps: int) -> Tensor:
+    """The official model's flat logits in our order: (B, U, S, 1 + N), zero where no context frame leads."""
+    rows, targets, candidates = batch.extras["candidates"].shape
+    ordered = torch.zeros(rows, targets, steps, candidates)
+    start = 0
+    for step in range(min(steps, targets)):
+        size = candidates * rows * (targets - step)
+        block = flat[start : start + size].view(candidates, rows, targets - step)
+        ordered[:, step:, step] = block.permute(1, 2, 0)
+        start += size
+    assert start == len(flat)
+    return ordered
+
+
 def our_logits(method: Wav2VecMethod, batch: Batch) -> Tensor:
     targets = method.targets(batch)
     return method.logits(method.encoder.context(targets.frames)[-1], targets.frames, batch)
@@ -78,13 +113,14 @@ def test_logits_loss_terms_and_gradients_are_the_official_ones(case: str, traini
         method.before_step(Progress(0, 10, 0))
     batch = even_batch(method)
     assert not batch.padded
-    theirs = official(method, batch)
+    peer = official(method, batch)
+    theirs = peer.model
     torch.manual_seed(5)
     result = theirs(batch.waveforms)
     labels = theirs.get_targets(None, result)
     assert batch.sample_size == int(labels.sum())
     prediction = F.binary_cross_entropy_with_logits(result["cpc_logits"], labels, reduction="sum")
-    loss = prediction + result.get("kmeans_loss", 0.0) * batch.sample_size
+    loss = peer.loss(result, batch)
     (loss / batch.sample_size).backward()
 
     torch.manual_seed(5)
@@ -114,7 +150,7 @@ def test_the_diversity_loss_is_the_official_extra_loss() -> None:
     recipe, *overrides = CASES["gumbel"]
     method = build(recipe, *SMALL, *overrides, "method.diversity_loss_weight=0.3").eval()
     batch = even_batch(method)
-    theirs = official(method, batch)
+    theirs = official(method, batch).model
     extra = theirs.get_extra_losses(theirs(batch.waveforms))
     output = method(batch)
     assert value(output, "loss_diversity") == pytest.approx(0.3 * extra.item(), rel=1e-4)
@@ -150,7 +186,7 @@ def test_a_padded_batch_scores_the_valid_frames_with_the_official_logits(case: s
     method = small(case)
     batch = collate(method, *two_waveforms(8_000, 5_100))
     assert batch.padded
-    theirs = official(method, batch)
+    theirs = official(method, batch).model
     frames = [(8_000 - 465) // 160 + 1, (5_100 - 465) // 160 + 1]
     assert batch.sample_size == sum(max(0, n - 3 - step) for n in frames for step in range(12))
     result = theirs(batch.waveforms)
@@ -284,7 +320,7 @@ def test_codes_are_those_of_the_official_quantizer() -> None:
         batch = collate(method, *two_waveforms(8_000, 5_100))
         codes, frame_lengths = method.encoder.codes(batch.waveforms, batch.lengths)
         assert frame_lengths.tolist() == [48, 29]
-        theirs = official(method, batch)
+        theirs = official(method, batch).model
         _, expected = theirs.vector_quantizer.forward_idx(theirs.feature_extractor(batch.waveforms))
         assert torch.equal(codes, expected)
         assert codes.dtype == torch.int64
