@@ -82,7 +82,8 @@ def read_recipe(name: str) -> Recipe:
 
 def _alias_of(path: Path) -> str | None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content["defaults"][0] if list(content) == ["defaults"] else None
+    is_alias = list(content) == ["defaults"] and len(content["defaults"]) == 1
+    return content["defaults"][0] if is_alias else None
 
 
 def _head_comment(path: Path) -> str:

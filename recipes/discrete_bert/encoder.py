@@ -60,6 +60,7 @@ class DiscreteBertEncoder(Encoder):
     """
 
     free_fields = ("dropout", "attention_dropout", "activation_dropout")
+    token_of_number: Tensor
 
     def __init__(self, config: DiscreteBertEncoderConfig) -> None:
         super().__init__()
