@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ def receptive_field_samples(conv_layers: list[list[int]]) -> int:
     for _, kernel, stride in reversed(conv_layers):
         field = (field - 1) * stride + kernel
     return field
+
+
+@dataclass(frozen=True)
+class ConvFrames:
+    """The frame grid of a stack of convolutions [[dim, kernel, stride], ...]: what a collator says of its crops."""
+
+    conv_feature_layers: list[list[int]]
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return stride_samples(self.conv_feature_layers)
+
+    @property
+    def receptive_field_samples(self) -> int:
+        """Samples that one frame sees."""
+        return receptive_field_samples(self.conv_feature_layers)
 
 
 def valid_frames(lengths: Tensor, samples: int, frame_count: int, conv_layers: list[list[int]], rule: str) -> Tensor:

@@ -18,8 +18,8 @@ from pretrain.data.collate import frame_labels, stack_waveforms
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
 from pretrain.masking import equal_span_masks
 from pretrain.method import Batch, Counts, Example, LabelInfo, Method, Progress, Ratio, StepOutput
+from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
-from pretrain.models.conv_features import receptive_field_samples, stride_samples, valid_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from recipes.hubert.figures import unit_figure
 
@@ -51,26 +51,15 @@ class HubertConfig:
 
 
 @dataclass(frozen=True)
-class HubertCollator:
+class HubertCollator(ConvFrames):
     """Draws the masks and cuts the labels of a batch; see `HubertMethod` for what it puts into `extras`."""
 
-    conv_feature_layers: list[list[int]]
     frame_length_rule: str
     label_rates_hz: tuple[int, ...]
     mask_prob: float
     mask_length: int
     mask_min_spans: int
     scores_unmasked: bool
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return stride_samples(self.conv_feature_layers)
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that one frame sees."""
-        return receptive_field_samples(self.conv_feature_layers)
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

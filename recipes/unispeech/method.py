@@ -19,8 +19,8 @@ from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, draw_negatives, guessed_hits
 from pretrain.masking import equal_span_masks
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
+from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
-from pretrain.models.conv_features import receptive_field_samples, stride_samples, valid_frames
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
@@ -64,26 +64,15 @@ class UniSpeechConfig:
 
 
 @dataclass(frozen=True)
-class UniSpeechCollator:
+class UniSpeechCollator(ConvFrames):
     """Draws masks, distractors and the frames to replace; see `UniSpeechMethod` for what it puts into `extras`."""
 
-    conv_feature_layers: list[list[int]]
     frame_length_rule: str
     mask_prob: float
     mask_length: int
     mask_min_spans: int
     num_negatives: int
     replace_prob: float
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return stride_samples(self.conv_feature_layers)
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that one frame sees."""
-        return receptive_field_samples(self.conv_feature_layers)
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

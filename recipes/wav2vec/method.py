@@ -18,8 +18,8 @@ from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import draw_negatives
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
+from pretrain.models.conv_features import ConvFrames, receptive_field_samples, stride_samples
 from pretrain.models.conv_features import frames as count_frames
-from pretrain.models.conv_features import receptive_field_samples, stride_samples
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 from recipes.wav2vec.encoder import Wav2VecEncoder, Wav2VecEncoderConfig
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
@@ -67,23 +67,12 @@ class Wav2VecConfig:
 
 
 @dataclass(frozen=True)
-class Wav2VecCollator:
+class Wav2VecCollator(ConvFrames):
     """Draws the negatives of a batch; see `Wav2VecMethod` for what it puts into `extras`."""
 
-    conv_feature_layers: list[list[int]]
     offset: int
     prediction_steps: int
     num_negatives: int
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return stride_samples(self.conv_feature_layers)
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that one frame sees."""
-        return receptive_field_samples(self.conv_feature_layers)
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)
