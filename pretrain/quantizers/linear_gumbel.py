@@ -93,7 +93,7 @@ class LinearGumbelQuantizer(nn.Module):
         """(B, F, D) frames; `noise`, one (B, F, V_g) per group, takes the place of the noise that training draws."""
         with torch.autocast(x.device.type, enabled=False):
             parts = x.float().split(self.config.code_dims, dim=-1)
-            noises = noise or [None] * len(self.groups)
+            noises: list[Tensor | None] = [None] * len(self.groups) if noise is None else list(noise)
             results = [
                 group(part, self.config.temperature, given)
                 for group, part, given in zip(self.groups, parts, noises, strict=True)

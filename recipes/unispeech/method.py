@@ -115,7 +115,7 @@ def make_batch(
     # A transcript that no alignment fits would make the loss infinite: its row is taken as unlabelled.
     fits = [c is not None and shortest_alignment(c) <= count for c, count in zip(classes, valid, strict=True)]
     labelled = [row for row, fitting in enumerate(fits) if fitting]
-    chosen = [classes[row] for row in labelled]
+    chosen = [row for row, fitting in zip(classes, fits, strict=True) if row is not None and fitting]
     return Batch(
         waveforms=waveforms,
         lengths=lengths,

@@ -108,7 +108,8 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         in_dims = [1] + [dim for dim, _, _ in conv_layers[:-1]]
         self.conv_layers = nn.ModuleList(
-            ExtractorLayer(in_dim, *layer, activation) for in_dim, layer in zip(in_dims, conv_layers, strict=True)
+            ExtractorLayer(in_dim, dim, kernel, stride, activation)
+            for in_dim, (dim, kernel, stride) in zip(in_dims, conv_layers, strict=True)
         )
         self.log_compression = log_compression
 
