@@ -24,6 +24,7 @@ class BatchNorm(nn.BatchNorm1d):
         self.register_buffer("pending", torch.zeros(3, dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D), over all positions; training leaves the statistics for `settle_statistics`."""
         flat = x.to(self.weight.dtype).reshape(-1, x.shape[-1])
         if not self.training:
             out = F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

@@ -16,6 +16,7 @@ from pretrain.models.context import ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.recompute import call
+from pretrain.models.regions import compile_in_place
 from pretrain.models.speech_config import SpeechEncoderConfig
 
 
@@ -135,10 +136,7 @@ class SpeechEncoder(Encoder):
 
         Every shape of batch gets kernels of its own, once for all layers: batches should come in few shapes.
         """
-        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for region in (self.feature_extractor, *self.encoder.layers):
-            region.compile(dynamic=False)
+        compile_in_place((self.feature_extractor, *self.encoder.layers))
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the convolution stack and of each layer, and compute the rest again in backward."""

@@ -66,6 +66,7 @@ class CodeGroup(nn.Module):
         self.codebook = nn.Parameter(torch.empty(size, dim).uniform_(-1 / math.sqrt(size), 1 / math.sqrt(size)))
 
     def forward(self, x: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(..., D) parts of frames to the entries (..., D) that stand for them and their codes (...) int64."""
         logits = self.logits(x)
         if not self.training:
             codes = logits.argmax(-1)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pretrain.config import typed
@@ -17,6 +16,7 @@ from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.context import ContextNetwork
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.predictive_encoder import PredictiveEncoder
+from pretrain.models.regions import compile_in_place
 
 
 @dataclass
@@ -74,10 +74,7 @@ class Decoar2Encoder(PredictiveEncoder):
 
     def compile_regions(self) -> None:
         """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for layer in self.encoder.layers:
-            layer.compile(dynamic=False)
+        compile_in_place(self.encoder.layers)
 
     def checkpoint_activations(self) -> None:
         """Keep the input of every layer alone, and compute the rest again in backward."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pretrain.method import Encoder
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.recompute import call
+from pretrain.models.regions import compile_in_place
 from pretrain.models.transformer import TransformerLayer
 from pretrain.tokens.dictionary import code_numbers
 from pretrain.tokens.tokenizer import build_tokenizer
@@ -163,10 +164,7 @@ class DiscreteBertEncoder(Encoder):
 
     def compile_regions(self) -> None:
         """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for layer in self.layers:
-            layer.compile(dynamic=False)
+        compile_in_place(self.layers)
 
     def checkpoint_activations(self) -> None:
         """Keep the layers' inputs only and compute the rest again in backward."""

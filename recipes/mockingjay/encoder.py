@@ -18,6 +18,7 @@ from pretrain.method import Encoder
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.positions import SinusoidalPositions
 from pretrain.models.recompute import call
+from pretrain.models.regions import compile_in_place
 from pretrain.models.transformer import TransformerLayer
 
 LAYER_NORM_EPS = 1e-12
@@ -113,10 +114,7 @@ class MockingjayEncoder(Encoder):
 
     def compile_regions(self) -> None:
         """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for layer in self.layers:
-            layer.compile(dynamic=False)
+        compile_in_place(self.layers)
 
     def checkpoint_activations(self) -> None:
         """Keep the input of every layer alone, and compute the rest again in backward."""

@@ -18,6 +18,7 @@ from pretrain.errors import UserError
 from pretrain.method import Encoder
 from pretrain.models import conv_features
 from pretrain.models.conv_features import Conv1d, convolve_and_normalize
+from pretrain.models.regions import compile_in_place
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
 
@@ -245,10 +246,7 @@ class Wav2VecEncoder(Encoder):
 
     def compile_regions(self) -> None:
         """Compile the extractor and each aggregator layer in place; parameter names stay. Meant for GPUs."""
-        # Each shape is compiled for training and evaluation; torch gives up after eight by default.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for region in (self.feature_extractor, *self.feature_aggregator):
-            region.compile(dynamic=False)
+        compile_in_place((self.feature_extractor, *self.feature_aggregator))
 
     def forward_flops(self, samples: int) -> float:
         """Floating-point operations (two per multiply-add) of one forward of a waveform of `samples`."""

@@ -1,0 +1,16 @@
+"""Compiling the parts of a network that repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def compile_in_place(regions: Iterable[nn.Module]) -> None:
+    """Compile each region; parameter names stay. Meant for GPUs, and for batches that come in few shapes."""
+    # Each shape is compiled for training and evaluation; torch gives up after eight by default.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for region in regions:
+        region.compile(dynamic=False)
