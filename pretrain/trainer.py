@@ -98,14 +98,8 @@ class Trainer:
         self._say(f"exported to {run_dir / 'export'}")
 
     def _loop(self, profiler: UpdateProfiler | None) -> int:
-        micro_batches = self.config.batch.micro_batches_per_step
-        order = rank_share(self.reader.plan, self.state.step, micro_batches, self.world.rank, self.world.size)
-        incoming = batches(self.reader, order, self.config.data.workers, self.world.device.type == "cuda")
-        upcoming = [next(incoming) for _ in range(self.accumulation)] if self.state.update < self.last_update else []
-        self.throughput.restart()
-        while self.state.update < self.last_update:
-            before = self.state.update
-            upcoming, stop, save = self._step(upcoming, incoming)
+        before = self.state.update
+        for stop, save in self.steps():
             if profiler is not None and profiler.update_done():
                 self._say(f"profile of {self.state.update} updates in {profiler.folder}")
                 return 0
@@ -119,7 +113,19 @@ class Trainer:
                 self._save(last=stop or done)
             if stop and not done:
                 return EXIT_STOPPED
+            before = update
         return 0
+
+    def steps(self) -> Iterator[tuple[bool, bool]]:
+        """Step after step up to the last update; after each, whether a signal asked to stop, and whether to save."""
+        micro_batches = self.config.batch.micro_batches_per_step
+        order = rank_share(self.reader.plan, self.state.step, micro_batches, self.world.rank, self.world.size)
+        incoming = batches(self.reader, order, self.config.data.workers, self.world.device.type == "cuda")
+        upcoming = [next(incoming) for _ in range(self.accumulation)] if self.state.update < self.last_update else []
+        self.throughput.restart()
+        while self.state.update < self.last_update:
+            upcoming, stop, save = self._step(upcoming, incoming)
+            yield stop, save
 
     def _step(self, current: list[Batch], incoming: Iterator[Batch]) -> tuple[list[Batch], bool, bool]:
         """One update on `current`; returns the next step's batches and whether to stop and to save."""

@@ -2,6 +2,7 @@
 
 python tools/benchmark.py task=step recipe=hubert_base batch=4 seconds=5 threads=2 rounds=7 precision=fp32,bf16 \\
     peers=transformers,torchaudio,fairseq output=benchmark.json      # compile=true for the compiled encoder
+python tools/benchmark.py task=pipeline recipe=tera_100hr data.dir=data/speech     # beside s3prl's own pre-training
 python tools/benchmark.py task=loader recipe=hubert_base data.dir=data/speech workers=0,2
 python tools/benchmark.py task=labels features=mfcc clusters=100 data.dir=data/speech hours=1 [alignments=phones.tsv]
 python tools/benchmark.py task=memory recipe=hubert_base:2:5,hubert_large_ll60k:1:5 precision=fp32,bf16
@@ -24,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pretrain.bench.labels import LabelBenchOptions, measure_labels
 from pretrain.bench.loader import LoaderOptions, measure_loaders
 from pretrain.bench.memory import MemoryOptions, measure_memory
+from pretrain.bench.pipeline import PipelineOptions, measure_pipelines
 from pretrain.bench.step import StepOptions, measure_steps
 from pretrain.bench.timing import markdown
+from pretrain.bench.turns import TurnError
 from pretrain.config import nearest, parse_cli
 from pretrain.errors import UserError
 
 TASKS = {
     "step": (StepOptions, measure_steps),
+    "pipeline": (PipelineOptions, measure_pipelines),
     "loader": (LoaderOptions, measure_loaders),
     "labels": (LabelBenchOptions, measure_labels),
     "memory": (MemoryOptions, measure_memory),
@@ -47,7 +51,7 @@ def main() -> None:
     options = parse_cli(options_class, arguments, __doc__)
     try:
         result = measure(options)
-    except UserError as error:
+    except (UserError, TurnError) as error:
         raise SystemExit(f"benchmark.py: {error}") from None
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "\n")
     print(markdown(result["rows"]) + "\n\n" + result["note"])

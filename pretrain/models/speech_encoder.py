@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from pretrain.models import conv_features
 from pretrain.models.context import ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor
 from pretrain.models.kernels import LayerNorm, Linear, dropout
+from pretrain.models.layer_stack import with_layers
 from pretrain.models.recompute import call
 from pretrain.models.regions import compile_in_place
 from pretrain.models.speech_config import SpeechEncoderConfig
@@ -154,11 +155,7 @@ class SpeechEncoder(Encoder):
 
         Where the layers have their norm first, one layer more is kept: the final norm must not touch `layer`.
         """
-        kept = min(layer + int(self.config.layer_norm_first), self.config.encoder_layers)
-        dropped = tuple(f"encoder.layers.{index}." for index in range(kept, self.config.encoder_layers))
-        copy = SpeechEncoder(replace(self.config, encoder_layers=kept))
-        copy.load_state_dict({key: value for key, value in self.state_dict().items() if not key.startswith(dropped)})
-        return copy.to(self.mask_emb.device).train(self.training)
+        return with_layers(self, min(layer + int(self.config.layer_norm_first), self.config.encoder_layers))
 
     def forward_flops(self, samples: int) -> float:
         """Floating-point operations (two per multiply-add) of one forward of a waveform of `samples`."""

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from pretrain.bench.pipeline import S3prlTraining
 from pretrain.config import ConfigError
 from pretrain.interop.s3prl_fbank import audio_of, vq_of
 from pretrain.method import Batch
@@ -41,6 +42,18 @@ class S3prlApc(nn.Module):
         lengths = [features.shape[1] - self.time_shift] * len(features)
         predicted, _ = self.model(features[:, : -self.time_shift], lengths, testing=False)
         return self.loss(predicted, features[:, self.time_shift :]) * batch.sample_size
+
+
+def s3prl_training(config: ApcConfig) -> S3prlTraining:
+    """`s3prl/pretrain/apc` with the runner's optimiser of `config_runner.yaml`."""
+    encoder = asdict(config.encoder)
+    paras = {name: encoder[name] for name in SHAPE} | vq_of(encoder["quantizer"])
+    blocks = {
+        "model": {"paras": paras},
+        "task": {"n_future": config.time_shift},
+        "data": {"audio": audio_of(encoder["front_end"])},
+    }
+    return S3prlTraining("apc", blocks, {"name": "Adam", "lr": 1e-4}, samples_per_timestep=1, lengths_item=1)
 
 
 PEERS: dict[str, Callable[[ApcConfig], nn.Module]] = {"s3prl": S3prlApc}

@@ -5,7 +5,7 @@ Source: arXiv 2012.06659, section 2; lingss0918/fairseq `examples/decoar/models/
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from pretrain.config import typed
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.context import ContextNetwork
 from pretrain.models.kernels import Linear, dropout
+from pretrain.models.layer_stack import with_layers
 from pretrain.models.predictive_encoder import PredictiveEncoder
 from pretrain.models.regions import compile_in_place
 
@@ -82,10 +83,7 @@ class Decoar2Encoder(PredictiveEncoder):
 
     def truncated(self, layer: int) -> Decoar2Encoder:
         """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
-        copy = Decoar2Encoder(replace(self.config, encoder_layers=layer))
-        kept = copy.state_dict().keys()
-        copy.load_state_dict({key: value for key, value in self.state_dict().items() if key in kept})
-        return copy.to(self.post_extract_proj.weight.device).train(self.training)
+        return with_layers(self, layer)
 
     def training_flops(self, samples: int) -> float:
         """Forward and backward of one waveform of `samples`; the features themselves need no gradient."""

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.method import Encoder
 from pretrain.models.kernels import LayerNorm, dropout
-from pretrain.models.recompute import call
-from pretrain.models.regions import compile_in_place
+from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.transformer import TransformerLayer
 from pretrain.tokens.dictionary import code_numbers
 from pretrain.tokens.tokenizer import build_tokenizer
@@ -53,7 +51,7 @@ class DiscreteBertEncoderConfig:
     activation_dropout: float
 
 
-class DiscreteBertEncoder(Encoder):
+class DiscreteBertEncoder(StackEncoder):
     """Waveforms to RoBERTa's embedding output and layers; training feeds it tokens, through `context`.
 
     `tokenizer` is frozen and stays in evaluation mode. `token_of_number` (V ** G,) maps the number of a combination of
@@ -66,7 +64,6 @@ class DiscreteBertEncoder(Encoder):
     def __init__(self, config: DiscreteBertEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
         self.tokenizer = build_tokenizer(config.tokenizer.method, config.tokenizer.encoder).requires_grad_(False).eval()
         groups, entries = self.tokenizer.code_shape
         self.register_buffer("token_of_number", torch.full((entries**groups,), UNK))
@@ -75,7 +72,7 @@ class DiscreteBertEncoder(Encoder):
         # Positions count from PAD + 1, as fairseq's do; the row of PAD is the padding's.
         self.embed_positions = nn.Embedding(config.max_positions + PAD + 1, dim, padding_idx=PAD)
         self.layernorm_embedding = LayerNorm(dim)
-        self.layers = nn.ModuleList(
+        self.layers = LayerStack(
             TransformerLayer(
                 dim,
                 config.encoder_ffn_embed_dim,
@@ -156,19 +153,7 @@ class DiscreteBertEncoder(Encoder):
         x = dropout(self.layernorm_embedding(x), self.config.dropout, self.training)
         if valid is not None:
             x = x * valid.unsqueeze(2)
-        states = [x]
-        for layer in self.layers:
-            x = call(layer, x, keys, recompute=self.recompute)
-            states.append(x)
-        return states
-
-    def compile_regions(self) -> None:
-        """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        compile_in_place(self.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the layers' inputs only and compute the rest again in backward."""
-        self.recompute = True
+        return self.layers(x, keys)
 
     def training_flops(self, tokens: int) -> float:
         """Forward and backward of RoBERTa on one row of `tokens`; the tokenizer has no part in training."""

@@ -254,11 +254,11 @@ def test_the_recipe_quantizes_as_vq_wav2vec_does() -> None:
 def test_recomputed_activations_change_nothing(method: DiscreteBertMethod, batch: Batch) -> None:
     gradients: list[Tensor] = []
     for recompute in (False, True):
-        method.encoder.recompute = recompute
+        method.encoder.layers.recompute = recompute
         method.zero_grad()
         method(batch).loss.backward()
         gradients.append(method.encoder.layers[0].fc1.weight.grad.clone())
-    method.encoder.recompute = False
+    method.encoder.layers.recompute = False
     torch.testing.assert_close(*gradients)
     assert F.mse_loss(gradients[0], torch.zeros_like(gradients[0])) > 0
 

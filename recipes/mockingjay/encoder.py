@@ -5,7 +5,7 @@ Source: arXiv 1910.12638, section 2; `s3prl/upstream/mockingjay/model.py`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from pretrain.config import typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEnd, FrontEndConfig
-from pretrain.method import Encoder
 from pretrain.models.kernels import LayerNorm, Linear, dropout
+from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.positions import SinusoidalPositions
-from pretrain.models.recompute import call
-from pretrain.models.regions import compile_in_place
 from pretrain.models.transformer import TransformerLayer
 
 LAYER_NORM_EPS = 1e-12
@@ -42,7 +40,7 @@ class MockingjayEncoderConfig:
     initializer_range: float
 
 
-class MockingjayEncoder(Encoder):
+class MockingjayEncoder(StackEncoder):
     """Waveforms to L + 1 hidden states: the embedded features, then the output of every layer (norms after the sums).
 
     Positions are computed for any length, and the whole input is attended to.
@@ -58,7 +56,7 @@ class MockingjayEncoder(Encoder):
         self.spec_transform = Linear(self.front_end.dim, dim)
         self.positions = SinusoidalPositions(dim)
         self.layer_norm = LayerNorm(dim, LAYER_NORM_EPS)
-        self.layers = nn.ModuleList(
+        layers = (
             TransformerLayer(
                 dim,
                 config.encoder_ffn_embed_dim,
@@ -71,7 +69,7 @@ class MockingjayEncoder(Encoder):
             )
             for _ in range(1 if config.share_layer else config.encoder_layers)
         )
-        self.recompute = False
+        self.layers = LayerStack(layers, config.encoder_layers)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.front_end.stride_samples] * (config.encoder_layers + 1)
         initialise(self, config.initializer_range)
@@ -97,12 +95,7 @@ class MockingjayEncoder(Encoder):
         """(B, F, D_in) features, `frame_lengths` (B,) of them real (None: all), to L + 1 hidden states (B, F, D)."""
         valid = None if frame_lengths is None else valid_mask(frame_lengths, features.shape[1])[:, None, None, :]
         x = self.spec_transform(features) + self.positions(features.shape[1], features.device)
-        x = dropout(self.layer_norm(x), self.config.dropout, self.training)
-        hidden_states = [x]
-        for layer in self._passes():
-            x = call(layer, x, valid, recompute=self.recompute)
-            hidden_states.append(x)
-        return hidden_states
+        return self.layers(dropout(self.layer_norm(x), self.config.dropout, self.training), valid)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples, or None where nothing is padded, to hidden states and frame counts."""
@@ -112,31 +105,12 @@ class MockingjayEncoder(Encoder):
             frame_lengths = torch.full((len(waveforms),), features.shape[1], device=waveforms.device)
         return hidden_states, [frame_lengths] * len(hidden_states)
 
-    def compile_regions(self) -> None:
-        """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        compile_in_place(self.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the input of every layer alone, and compute the rest again in backward."""
-        self.recompute = True
-
-    def truncated(self, layer: int) -> MockingjayEncoder:
-        """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
-        copy = MockingjayEncoder(replace(self.config, encoder_layers=layer))
-        kept = copy.state_dict().keys()
-        copy.load_state_dict({key: value for key, value in self.state_dict().items() if key in kept})
-        return copy.to(self.spec_transform.weight.device).train(self.training)
-
     def forward_flops(self, samples: int) -> float:
         """Floating-point operations (two per multiply-add) of one forward of a waveform of `samples`."""
         config, dim, frames = self.config, self.config.encoder_embed_dim, self.front_end.frames(samples)
         linear = 2.0 * frames * (4 * dim * dim + 2 * dim * config.encoder_ffn_embed_dim)
         attention = 4.0 * frames * frames * dim
         return 2.0 * frames * self.front_end.dim * dim + config.encoder_layers * (linear + attention)
-
-    def _passes(self) -> list[nn.Module]:
-        """The layers in the order in which they are applied."""
-        return [self.layers[0]] * self.config.encoder_layers if self.config.share_layer else list(self.layers)
 
 
 def initialise(module: nn.Module, std: float) -> None:

@@ -92,15 +92,13 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
         first = "encoder.layer.0."
         shared = {key.removeprefix(first): value for key, value in state.items() if key.startswith(first)}
         state |= {f"encoder.layer.{i}.{key}": value for i in range(1, layers) for key, value in shared.items()}
-    alteration = trained.config["alteration"]
-    task = {"loss": "L1", "sequence_length": 0, "position_encoding_size": config["encoder_embed_dim"]}
     return {
         "Transformer": state,
         "SpecHead": HEAD_KEYS.to_theirs(trained.head_state()),
         "Config": {},
         "Upstream_Config": {
             "transformer": transformer_config(config),
-            "task": task | {name: alteration[name] for name in _TASK},
+            "task": {"sequence_length": 0} | task_config(trained.config),
             "audio": audio_config(config["front_end"], trained.config["target"]),
         },
     }
@@ -109,6 +107,12 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
 def transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """s3prl's `transformer` block for our encoder's configuration."""
     return {theirs: config[ours] for ours, theirs in _FIELDS} | _FIXED
+
+
+def task_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """s3prl's `task` block for our method's configuration, without `sequence_length`."""
+    fixed = {"loss": "L1", "position_encoding_size": config["encoder"]["encoder_embed_dim"]}
+    return fixed | {name: config["alteration"][name] for name in _TASK}
 
 
 def audio_config(front_end: Mapping[str, Any], target: Mapping[str, Any] | None) -> dict[str, Any]:

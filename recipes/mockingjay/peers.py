@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.alterations import alter, band_mask
+from pretrain.bench.pipeline import S3prlTraining
 from pretrain.config import ConfigError
 from pretrain.method import Batch
 from pretrain.models.positions import SinusoidalPositions
-from recipes.mockingjay.interop import audio_config, transformer_config
+from recipes.mockingjay.interop import audio_config, task_config, transformer_config
 from recipes.mockingjay.method import MockingjayConfig
 
 
@@ -60,6 +61,21 @@ class S3prlMockingjay(nn.Module):
         scaled = (waveforms * (self.level / (rms + 1e-10))).unsqueeze(1)
         heard, truth = self.extract(scaled, wavs_len=[waveforms.shape[1]] * len(waveforms))
         return heard, truth
+
+
+def s3prl_training(config: MockingjayConfig) -> S3prlTraining:
+    """`s3prl/pretrain/tera` with the runner's optimiser of `config_runner.yaml`."""
+    values = asdict(config)
+    front_end = values["encoder"]["front_end"]
+    blocks = {
+        "transformer": transformer_config(values["encoder"]),
+        "task": task_config(values),
+        "audio": audio_config(front_end, values["target"]),
+    }
+    optimizer = {"name": "AdamW_with_schedule", "lr": 2e-4, "warmup_proportion": 0.07}
+    # Its data set of filter banks compares lengths in samples with a number of frames; a batch holds masks of frames.
+    samples = 1 if front_end["kind"] == "fbank" else 160
+    return S3prlTraining("tera", blocks, optimizer, samples_per_timestep=samples, lengths_item=3)
 
 
 PEERS: dict[str, Callable[[MockingjayConfig], nn.Module]] = {"s3prl": S3prlMockingjay}

@@ -5,7 +5,7 @@ Source: arXiv 1910.09932, section 2; athena-team/athena `athena/models/masked_pc
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,12 +15,10 @@ from torch.nn import functional as F
 from pretrain.config import typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEnd, FrontEndConfig
-from pretrain.method import Encoder
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.kernels import Linear, dropout
+from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.positions import SinusoidalPositions
-from pretrain.models.recompute import call
-from pretrain.models.regions import compile_in_place
 from pretrain.models.transformer import TransformerLayer
 
 SUBSAMPLING = 4
@@ -74,7 +72,7 @@ class ConvSubsampling(nn.Module):
         return F.relu6(norm(conv(F.pad(x, (odd, 1, 0, 1))).permute(0, 2, 3, 1)))
 
 
-class MpcEncoder(Encoder):
+class MpcEncoder(StackEncoder):
     """Waveforms to L + 1 hidden states, one position per four frames: what enters the layers, then their outputs."""
 
     free_fields = ("dropout", "batch_norm_momentum")
@@ -86,7 +84,7 @@ class MpcEncoder(Encoder):
         self.front_end = FrontEnd(config.front_end)
         self.subsampling = ConvSubsampling(self.front_end.dim, config.num_filters, dim, config.batch_norm_momentum)
         self.positions = SinusoidalPositions(dim)
-        self.layers = nn.ModuleList(
+        self.layers = LayerStack(
             TransformerLayer(
                 dim,
                 config.encoder_ffn_embed_dim,
@@ -99,7 +97,6 @@ class MpcEncoder(Encoder):
             )
             for _ in range(config.encoder_layers)
         )
-        self.recompute = False
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [SUBSAMPLING * self.front_end.stride_samples] * (config.encoder_layers + 1)
 
@@ -137,12 +134,7 @@ class MpcEncoder(Encoder):
         """What `features` returns, to L + 1 hidden states (B, P, D)."""
         x = self.subsampling(features, positions)
         valid = None if positions is None else valid_mask(positions, x.shape[1])[:, None, None, :]
-        x = dropout(x + self.positions(x.shape[1], x.device), self.config.dropout, self.training)
-        hidden_states = [x]
-        for layer in self.layers:
-            x = call(layer, x, valid, recompute=self.recompute)
-            hidden_states.append(x)
-        return hidden_states
+        return self.layers(dropout(x + self.positions(x.shape[1], x.device), self.config.dropout, self.training), valid)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples, or None where nothing is padded, to hidden states and position counts."""
@@ -151,21 +143,6 @@ class MpcEncoder(Encoder):
         if positions is None:
             positions = torch.full((len(waveforms),), hidden_states[0].shape[1], device=waveforms.device)
         return hidden_states, [positions] * len(hidden_states)
-
-    def compile_regions(self) -> None:
-        """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        compile_in_place(self.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the input of every layer alone, and compute the rest again in backward."""
-        self.recompute = True
-
-    def truncated(self, layer: int) -> MpcEncoder:
-        """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
-        copy = MpcEncoder(replace(self.config, encoder_layers=layer))
-        kept = copy.state_dict().keys()
-        copy.load_state_dict({key: value for key, value in self.state_dict().items() if key in kept})
-        return copy.to(self.subsampling.proj.weight.device).train(self.training)
 
     def training_flops(self, samples: int) -> float:
         """Forward and backward of one waveform of `samples`; the features themselves need no gradient."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.bench.pipeline import S3prlTraining
 from pretrain.interop.s3prl_fbank import audio_of, vq_of
 from pretrain.method import Batch
 from recipes.npc.interop import FIXED, SHAPE
@@ -35,6 +36,14 @@ class S3prlNpc(nn.Module):
         features = torch.stack([self.extract(waveform.unsqueeze(0)) for waveform in batch.waveforms])
         predicted, _ = self.model(features)
         return F.l1_loss(predicted, features, reduction="none").mean(-1).sum()
+
+
+def s3prl_training(config: NpcConfig) -> S3prlTraining:
+    """`s3prl/pretrain/npc` with the runner's optimiser of `config_runner.yaml`."""
+    encoder = asdict(config.encoder)
+    paras = {name: encoder[name] for name in SHAPE} | FIXED | vq_of(encoder["quantizer"])
+    blocks = {"model": {"paras": paras}, "task": {}, "data": {"audio": audio_of(encoder["front_end"])}}
+    return S3prlTraining("npc", blocks, {"name": "Adam", "lr": 1e-3}, samples_per_timestep=1, lengths_item=1)
 
 
 PEERS: dict[str, Callable[[NpcConfig], nn.Module]] = {"s3prl": S3prlNpc}

@@ -1,0 +1,29 @@
+"""Our side of tools/benchmark.py task=pipeline: the trainer itself, one update at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from pretrain.bench.turns import serve
+from pretrain.config import compose_recipe, run_config
+from pretrain.setup import build_trainer
+
+
+def start(job: dict[str, Any]) -> Callable[[], float]:
+    """Build the trainer of `job`'s recipe with its overrides; nothing is logged, validated or saved in between."""
+    trainer = build_trainer(run_config(compose_recipe(job["recipe"], job["overrides"])), ExitStack())
+    steps = trainer.steps()
+
+    def update() -> float:
+        before = trainer.throughput.audio_seconds
+        next(steps)
+        return trainer.throughput.audio_seconds - before
+
+    # The interval begins with the first step, not with the creation of the steps.
+    return update
+
+
+if __name__ == "__main__":
+    serve(start)
