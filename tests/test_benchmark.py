@@ -7,6 +7,7 @@ import math
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torchaudio
 
-from pretrain.bench import labels, loader, step, timing
+from pretrain.bench import labels, loader, pipeline, step, timing, turns
 from pretrain.config import SAMPLE_DIR, ConfigError
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
@@ -137,3 +138,77 @@ def test_labels_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(inertia) < 1.2 * min(inertia)
     assert all(0 < row["pnmi"] < 1 for row in rows.values())
     assert rows["headwater, faiss"]["disk_mb"] < rows[labels.PEER]["disk_mb"]
+
+
+SCRIPT = """
+import sys, threading, time
+sys.path[0] = {folder!r}
+from turns import Training, serve
+
+def start(job):
+    print("hello")  # must not be taken for an answer
+    def live():
+        while True:
+            with open(job["beats"], "a") as file:
+                file.write(".")
+            time.sleep(0.01)
+    threading.Thread(target=live, daemon=True).start()
+    made = []
+    def update():
+        made.append(1)
+        if len(made) > job["limit"]:
+            raise ValueError("no more data")
+        sum(range(3_000_000))
+        return 2.5
+    return Training(update, 7)
+
+serve(start)
+"""
+
+
+@pytest.fixture
+def taker_script(tmp_path: Path) -> Path:
+    script = tmp_path / "taker.py"
+    script.write_text(SCRIPT.format(folder=str(Path(turns.__file__).parent)))
+    return script
+
+
+def test_a_process_that_does_not_have_its_turn_stands_still(taker_script: Path, tmp_path: Path) -> None:
+    beats = tmp_path / "beats"
+    job = {"beats": str(beats), "limit": 9}
+    with turns.TurnTaker([str(taker_script)], job, tmp_path / "log", {}) as taker:
+        turn = taker.take(3)
+        assert (turn.audio_seconds, turn.parameters) == (7.5, 7)
+        assert 0 < turn.cpu_seconds < 10
+        time.sleep(0.1)  # a stop is delivered at once, but not at the same moment
+        before = beats.stat().st_size
+        time.sleep(0.3)
+        assert beats.stat().st_size == before
+        assert taker.take(1).audio_seconds == 2.5
+    ended = beats.stat().st_size
+    assert ended > before
+    time.sleep(0.1)
+    assert beats.stat().st_size == ended  # nothing is left running
+    assert "hello" in (tmp_path / "log").read_text()
+
+
+def test_a_training_that_ends_says_why(taker_script: Path, tmp_path: Path) -> None:
+    job = {"beats": str(tmp_path / "beats"), "limit": 1}
+    with turns.TurnTaker([str(taker_script)], job, tmp_path / "log", {}) as taker:
+        taker.take(1)
+        with pytest.raises(turns.TurnError, match="no more data"):
+            taker.take(1)
+
+
+@pytest.mark.parametrize("recipe", ["apc_tiny", "npc_tiny", "tera_tiny"])
+def test_pipelines_train_networks_of_one_size_on_the_same_files(recipe: str) -> None:
+    options = pipeline.PipelineOptions("pipeline", recipe=recipe, utterances=2, updates=1, rounds=1, device="cpu")
+    rows = pipeline.measure_pipelines(options)["rows"]
+    assert [row["variant"] for row in rows] == ["headwater", "s3prl"]
+    assert rows[0]["parameters_m"] == rows[1]["parameters_m"]
+    assert_positive(rows)
+
+
+def test_a_method_that_s3prl_cannot_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no counterpart of hubert_tiny"):
+        pipeline.measure_pipelines(pipeline.PipelineOptions("pipeline", recipe="hubert_tiny"))

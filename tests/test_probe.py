@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,8 @@ from pretrain.probe.collect import BASELINES, PhoneTask, baseline_features, base
 from pretrain.probe.options import DataOptions, ProbeOptions, data_dir, output_dir
 from pretrain.probe.report import Report, Score, write_report
 from pretrain.probe.run import run_probe
-from pretrain.probe.units import fitted_unit_score, unit_score
+from pretrain.probe.units import codebook_scores, fitted_unit_score, travelling_unit_score, unit_score
+from pretrain.tokens.tokenizer import KMeansTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "utt\tstart_s\tend_s\tphone\n"
@@ -136,7 +139,10 @@ def test_units_that_are_phones_and_units_that_are_nothing() -> None:
     perfect = unit_score("same", phones, phones, 3, {0}, 50)
     assert (perfect.phone_purity, perfect.cluster_purity) == (1, 1)
     assert perfect.pnmi == pytest.approx(1, abs=1e-5)
-    assert unit_score("none", np.zeros(3000, int), phones, 3, {0}, 50).speech_pnmi == pytest.approx(0, abs=1e-5)
+    assert (perfect.used, perfect.perplexity) == (3, pytest.approx(3))
+    nothing = unit_score("none", np.zeros(3000, int), phones, 3, {0}, 50)
+    assert nothing.speech_pnmi == pytest.approx(0, abs=1e-5)
+    assert (nothing.used, nothing.perplexity) == (1, pytest.approx(1))
 
 
 def _corpus(folder: Path, utterances: int = 12) -> None:
@@ -227,6 +233,42 @@ def test_units_that_travelled_are_scored_at_their_own_rate(corpus: Path, tmp_pat
     assert (unit.rate_hz, unit.clusters, unit.frames) == (100, len(centroids), 4 * 98)
     assert "(mfcc)" in unit.name
     assert unit.pnmi > 0.5
+
+
+class TwoGroups(KMeansTokenizer):
+    """The clusters as two groups: which row and which column of a table of four columns."""
+
+    code_shape = (2, 4)
+
+    def codes(self, waveforms: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, counts = super().codes(waveforms, lengths)
+        return torch.cat([codes // 4, codes % 4], dim=2), counts
+
+
+def test_the_codes_of_a_codebook_are_scored_by_group_and_together(corpus: Path) -> None:
+    phones = read_phones(str(corpus / "phones.tsv"))
+    split = open_split(corpus / "valid.tsv", phones.utterances)
+    features = [mfcc39(torch.from_numpy(soundfile.read(corpus / f"u{i}.flac", dtype="float32")[0])) for i in range(8)]
+    centroids = torch.cat(features)[::56]
+    kmeans = KMeansModel(centroids, make_extractor(FeatureSpec("mfcc")))
+    device, task, silence = torch.device("cpu"), PhoneTask(phones, frozenset(), 1.0, 0), phones.ids("SIL")
+    one = KMeansTokenizer.of(kmeans, "test")
+    (single,) = codebook_scores(SimpleNamespace(encoder=one), split, task, silence, device)
+    upstream = SimpleNamespace(
+        kmeans=kmeans,
+        units=lambda wavs, lengths: (torch.as_tensor(kmeans.units(wavs[0]))[None], torch.tensor([98])),
+    )
+    travelled = travelling_unit_score(upstream, split, task, silence, device)
+    assert single == replace(travelled, name="codes, group 0")
+
+    two = TwoGroups("mfcc", len(centroids))
+    two.code_shape = (2, 4)
+    two.centroids.copy_(centroids)
+    rows, columns, together = codebook_scores(SimpleNamespace(encoder=two), split, task, silence, device)
+    assert together == replace(single, name="codes of all groups", clusters=single.used)
+    assert rows.used <= 4
+    assert columns.used <= 4
+    assert max(rows.pnmi, columns.pnmi) < together.pnmi
 
 
 def test_speakers_that_differ_in_loudness_are_told_apart(corpus: Path) -> None:

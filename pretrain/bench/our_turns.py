@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from pretrain.bench.turns import serve
+from pretrain.bench.turns import Training, serve
 from pretrain.config import compose_recipe, run_config
 from pretrain.setup import build_trainer
 
 
-def start(job: dict[str, Any]) -> Callable[[], float]:
+def start(job: dict[str, Any]) -> Training:
     """Build the trainer of `job`'s recipe with its overrides; nothing is logged, validated or saved in between."""
     trainer = build_trainer(run_config(compose_recipe(job["recipe"], job["overrides"])), ExitStack())
     steps = trainer.steps()
@@ -21,8 +20,7 @@ def start(job: dict[str, Any]) -> Callable[[], float]:
         next(steps)
         return trainer.throughput.audio_seconds - before
 
-    # The interval begins with the first step, not with the creation of the steps.
-    return update
+    return Training(update, sum(p.numel() for p in trainer.engine.method.parameters()))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ BENCH = Path(__file__).resolve().parent
 NOTE = (
     "Each trains in processes of its own, from the same files, with the recipe's network, dropouts, alterations, "
     "crops, optimiser and clipping: reading, features, forward, backward, update. They take turns, and whoever does "
-    "not have one is stopped, workers included. Ours is the trainer as pretrain/train.py runs it, cropping a batch to its "
-    "shortest row; s3prl's is its expert, data set and optimiser in the loop of its runner, which pads to the longest "
-    "(audio is counted without padding), with soundfile in place of torchaudio.load, which today needs torchcodec. "
-    "Medians of interleaved turns, per second of audio."
+    "not have one is stopped, workers included. Ours is the trainer as pretrain/train.py runs it, cropping a batch "
+    "to its shortest row; s3prl's is its expert, data set and optimiser in the loop of its runner, which pads to the "
+    "longest (audio is counted without padding), with soundfile in place of torchaudio.load, which today needs "
+    "torchcodec. Seconds are per second of audio, medians of interleaved turns."
 )
 
 
@@ -111,6 +111,7 @@ def _row(name: str, turns: list[Turn]) -> Row:
     wall, cpu = (median(getattr(t, kind) / t.audio_seconds for t in turns) for kind in ("wall_seconds", "cpu_seconds"))
     return {
         "variant": name,
+        "parameters_m": turns[0].parameters / 1e6,
         "audio_seconds_per_turn": median(turn.audio_seconds for turn in turns),
         "wall_seconds": wall,
         "cpu_seconds": cpu,
@@ -171,8 +172,7 @@ def _their_job(
     spec = importlib.util.find_spec(THEIRS)
     if spec is None or spec.origin is None or importlib.util.find_spec("pandas") is None:
         raise ConfigError(
-            "s3prl: its pre-training needs s3prl and pandas; pip install --target /tmp/peers pandas, and the same "
-            "command with PYTHONPATH=/tmp/peers"
+            "s3prl: this task needs s3prl and pandas; `make test` installs both into .venv, or pip install .[test]"
         )
     with (scratch / "train.csv").open("w", newline="") as file:
         table = csv.writer(file)

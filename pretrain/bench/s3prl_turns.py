@@ -9,18 +9,18 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import soundfile
 import torch
 import torchaudio
-from turns import serve
+from turns import Training, serve
 
 SAMPLES_PER_FRAME, SAMPLE_RATE = 160, 16_000
 
 
-def start(job: dict[str, Any]) -> Callable[[], float]:
+def start(job: dict[str, Any]) -> Training:
     """`job`: `folder` of s3prl, `upstream`, `upstream_config`, `datarc`, `optimizer`, `gradient_clipping`,
     `lengths_item` (where a batch holds its frame counts or a mask of its frames), `device`.
     """
@@ -47,7 +47,7 @@ def start(job: dict[str, Any]) -> Callable[[], float]:
         frames = float(torch.as_tensor(data[job["lengths_item"]]).sum())
         return frames * SAMPLES_PER_FRAME / SAMPLE_RATE
 
-    return update
+    return Training(update, sum(p.numel() for p in expert.model.parameters()))
 
 
 def forever(loader: Any) -> Iterator[Any]:

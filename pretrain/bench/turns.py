@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 
@@ -29,11 +29,19 @@ class TurnError(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """What some updates took, in seconds: time, CPU time of the process and its loader's workers, audio read."""
+    """What some updates of a network of `parameters` took: time, CPU time with the loader's workers, audio read."""
 
     wall_seconds: float
     cpu_seconds: float
     audio_seconds: float
+    parameters: int
+
+
+class Training(NamedTuple):
+    """`update` makes one update and returns the seconds of audio that it read."""
+
+    update: Callable[[], float]
+    parameters: int
 
 
 class TurnTaker:
@@ -80,19 +88,15 @@ class TurnTaker:
             os.killpg(self._process.pid, number)
 
 
-def serve(start: Callable[[dict[str, Any]], Callable[[], float]]) -> None:
-    """Answer turns until the asking side goes away.
-
-    `start` takes the job and returns a function that makes one update and says how many seconds of audio it read. What
-    either prints goes to the log.
-    """
+def serve(start: Callable[[dict[str, Any]], Training]) -> None:
+    """Answer turns until the asking side goes away; `start` takes the job. What they print goes to the log."""
     replies: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    update = start(json.loads(sys.argv[1]))
+    training = start(json.loads(sys.argv[1]))
     for line in sys.stdin:
         wall, cpu = time.perf_counter(), _cpu_seconds()
-        audio = sum(update() for _ in range(int(line)))
-        turn = Turn(time.perf_counter() - wall, _cpu_seconds() - cpu, audio)
+        audio = sum(training.update() for _ in range(int(line)))
+        turn = Turn(time.perf_counter() - wall, _cpu_seconds() - cpu, audio, training.parameters)
         replies.write(json.dumps(asdict(turn)) + "\n")
         replies.flush()
 

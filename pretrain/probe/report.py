@@ -31,12 +31,17 @@ class Score:
 
 @dataclass(frozen=True)
 class UnitScore:
-    """Units against phones, over all frames and over speech frames; `rate_hz` units per second."""
+    """Units against phones, over all frames and over speech frames; `rate_hz` units per second.
+
+    Of `clusters` units `used` appear; `perplexity` is that of their frequencies.
+    """
 
     name: str
     clusters: int
     rate_hz: float
     frames: int
+    used: int
+    perplexity: float
     phone_purity: float
     cluster_purity: float
     pnmi: float
@@ -78,7 +83,7 @@ class Report:
         ]
         if self.units:
             names = ["phone purity", "cluster purity", "PNMI"]
-            header = ["units", "clusters", "Hz", *names, *(f"{name}, speech" for name in names)]
+            header = ["units", "clusters", "used", "perplexity", "Hz", *names, *(f"{name}, speech" for name in names)]
             lines += ["", *_table(header, [_unit_cells(unit) for unit in self.units])]
         lines += ["", *self.notes] if self.notes else []
         return "\n".join(lines) + "\n"
@@ -96,7 +101,8 @@ class Report:
 def _unit_cells(unit: UnitScore) -> list[str]:
     values = (unit.phone_purity, unit.cluster_purity, unit.pnmi)
     speech = (unit.speech_phone_purity, unit.speech_cluster_purity, unit.speech_pnmi)
-    return [unit.name, str(unit.clusters), f"{unit.rate_hz:g}", *(f"{value:.3f}" for value in (*values, *speech))]
+    size = [str(unit.clusters), str(unit.used), f"{unit.perplexity:.1f}", f"{unit.rate_hz:g}"]
+    return [unit.name, *size, *(f"{value:.3f}" for value in (*values, *speech))]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -29,7 +29,7 @@ from pretrain.probe.collect import (
 )
 from pretrain.probe.options import ProbeOptions, data_dir, label_file
 from pretrain.probe.report import BASELINE, UNTRAINED, UPSTREAM, Report, Score, UnitScore
-from pretrain.probe.units import fitted_unit_score, travelling_unit_score
+from pretrain.probe.units import codebook_scores, fitted_unit_score, travelling_unit_score
 from pretrain.upstream import Upstream
 
 
@@ -180,8 +180,10 @@ def run_probe(options: ProbeOptions) -> Report:
             report.notes.append(f"{split.without_label} utterances of {name} have no label and were left out.")
     for kind, make in _sources(options, upstream):
         _probe_source(kind, make(), (train, valid), labels, options, report)
-    if options.task == "phone" and upstream.kmeans is not None:
+    if options.task == "phone":
         task, device = labels.make_task(1.0), _device(options.device)
-        report.units.append(travelling_unit_score(upstream, valid, task, labels.silence, device))
+        report.units += codebook_scores(upstream, valid, task, labels.silence, device)
+        if upstream.kmeans is not None:
+            report.units.append(travelling_unit_score(upstream, valid, task, labels.silence, device))
     report.wall_seconds = time.monotonic() - started
     return report

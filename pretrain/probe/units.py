@@ -1,12 +1,15 @@
-"""Units against phones: those of the k-means model that travelled with an upstream, and k-means fitted here."""
+"""Units against phones: an upstream's codebook, the k-means model that travelled with it, and k-means fitted here."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
 from pretrain.data.audio import SAMPLE_RATE
+from pretrain.errors import UserError
 from pretrain.kmeans.quality import WINDOW_SAMPLES, unit_quality
 from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import Layer, PhoneTask, Split
@@ -25,11 +28,15 @@ def unit_score(
     np.add.at(joint, (phones, units), 1)
     speech = unit_quality(np.delete(joint, [phone for phone in silence if phone < len(joint)], axis=0))
     everything = unit_quality(joint)
+    counts = joint.sum(0)
+    shares = counts[counts > 0] / counts.sum()
     return UnitScore(
         name=name,
         clusters=clusters,
         rate_hz=rate_hz,
         frames=everything.frames,
+        used=len(shares),
+        perplexity=float(np.exp(-(shares * np.log(shares)).sum())),
         phone_purity=everything.phone_purity,
         cluster_purity=everything.cluster_purity,
         pnmi=everything.pnmi,
@@ -73,21 +80,61 @@ def travelling_unit_score(
 ) -> UnitScore:
     """Score the units of the k-means model that travelled with `upstream` on every utterance of `split`."""
     kmeans = upstream.kmeans
-    stride = SAMPLE_RATE // kmeans.rate_hz
     window = getattr(kmeans.extractor, "min_samples", WINDOW_SAMPLES)
-    units, phones = [], []
-    for row, key, waveform in split.waveforms("units"):
-        found, lengths = upstream.units(waveform.unsqueeze(0).to(device), torch.tensor([len(waveform)]))
-        found = found[0, : int(lengths[0])].cpu()
-        kept, ids = task.label(row, key, found, frame_centres(len(found), stride, window))
-        units.append(kept.numpy())
-        phones.append(ids)
+    grid = (SAMPLE_RATE // kmeans.rate_hz, window)
+    units, phones = _aligned(upstream.units, split, task, grid, device)
     layer = "" if kmeans.spec.layer is None else f", layer {kmeans.spec.layer}"
     return unit_score(
         f"k-means that made the labels ({kmeans.spec.kind}{layer})",
-        np.concatenate(units),
-        np.concatenate(phones),
+        units,
+        phones,
         kmeans.num_clusters,
         silence,
         kmeans.rate_hz,
     )
+
+
+def codebook_scores(
+    upstream: Upstream, split: Split, task: PhoneTask, silence: set[int], device: torch.device
+) -> list[UnitScore]:
+    """Score the codes of each group of the encoder's codebook, and all groups' codes of a frame taken together.
+
+    Nothing for an encoder without a codebook. Together, the clusters are the combinations that appear.
+    """
+    encoder = upstream.encoder
+    try:
+        groups, entries = getattr(encoder, "code_shape", (0, 0))
+    except UserError:  # of a network that can have a codebook, but has none
+        groups = 0
+    if not groups:
+        return []
+    encoder.eval().to(device)
+    grid = (encoder.stride_samples, encoder.receptive_field_samples)
+    codes, phones = _aligned(encoder.codes, split, task, grid, device)
+    rate_hz = SAMPLE_RATE / encoder.stride_samples
+    scores = [
+        unit_score(f"codes, group {group}", codes[:, group], phones, entries, silence, rate_hz)
+        for group in range(groups)
+    ]
+    if groups > 1:
+        found, together = np.unique(codes, axis=0, return_inverse=True)
+        scores.append(unit_score("codes of all groups", together, phones, len(found), silence, rate_hz))
+    return scores
+
+
+def _aligned(
+    units_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    split: Split,
+    task: PhoneTask,
+    grid: tuple[int, int],
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Units (N, ...) of the labelled frames of `split`, and their phones (N,); `grid`: stride and window in samples."""
+    units, phones = [], []
+    for row, key, waveform in split.waveforms("units"):
+        found, lengths = units_of(waveform.unsqueeze(0).to(device), torch.tensor([len(waveform)], device=device))
+        found = found[0, : int(lengths[0])].cpu()
+        kept, ids = task.label(row, key, found, frame_centres(len(found), *grid))
+        units.append(kept.numpy())
+        phones.append(ids)
+    return np.concatenate(units), np.concatenate(phones)
