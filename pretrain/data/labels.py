@@ -7,7 +7,7 @@ memory mapping) and `{split}.offsets.npy` ((N + 1,) int64); `dict.km.txt`; and, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -193,6 +193,21 @@ class LabelSet:
                     f"{block[wrong[0]]}, but there are {self.num_classes} (0 to {self.num_classes - 1}); make the "
                     "labels again"
                 )
+
+
+def join_splits(
+    directory: Path,
+    manifests: Mapping[str, Manifest],
+    unreadable: Mapping[str, Iterable[int]],
+    classes: int,
+    ranks: int,
+) -> dict[str, SplitInfo]:
+    """Join the shards that `ranks` ranks wrote, in every split; `unreadable` are rows that have no labels."""
+    infos = {}
+    for split, manifest in manifests.items():
+        merge_shards(directory, split, classes, range(ranks))
+        infos[split] = SplitInfo(len(manifest), manifest.fingerprint(), sorted(unreadable[split]))
+    return infos
 
 
 def publish_labels(directory: Path, info: LabelInfoFile) -> None:

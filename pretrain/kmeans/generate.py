@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.config import resolve_data_dir
-from pretrain.data.label_files import LabelWriter, merge_shards
-from pretrain.data.labels import LabelError, LabelInfoFile, SplitInfo, publish_labels
+from pretrain.data.label_files import LabelWriter
+from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
 from pretrain.export import find_kmeans
 from pretrain.kmeans.assign import nearest_centroids
@@ -335,11 +335,8 @@ def _publish(
     report: dict[str, Any],
 ) -> None:
     """Join the shards, write everything else, labels.json last, and rename the directory to its name."""
-    splits = {}
-    shards = range(report["world_size"])
-    for split, manifest in manifests.items():
-        merge_shards(work, split, model.num_clusters, shards)
-        splits[split] = SplitInfo(len(manifest), manifest.fingerprint(), sorted(tallies[split].problems))
+    unreadable = {split: tally.problems for split, tally in tallies.items()}
+    splits = join_splits(work, manifests, unreadable, model.num_clusters, report["world_size"])
     model.save(work / "kmeans")
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     publish_labels(work, LabelInfoFile(model.rate_hz, model.num_clusters, model.sha256, splits))

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.config import resolve_data_dir
-from pretrain.data.label_files import LabelWriter, merge_shards
-from pretrain.data.labels import SAMPLE_RATE, LabelError, LabelInfoFile, SplitInfo, publish_labels
+from pretrain.data.label_files import LabelWriter
+from pretrain.data.labels import SAMPLE_RATE, LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
 from pretrain.export import find_kmeans, write_native
 from pretrain.interop.files import read_json, read_safetensors
@@ -295,10 +295,8 @@ def _publish(
     report: dict[str, Any],
 ) -> None:
     """Join the shards, write everything else, labels.json last, and rename the directory to its name."""
-    splits = {}
-    for split, manifest in manifests.items():
-        merge_shards(work, split, dictionary.num_classes, range(report["world_size"]))
-        splits[split] = SplitInfo(len(manifest), manifest.fingerprint(), sorted(tallies[split].problems))
+    unreadable = {split: tally.problems for split, tally in tallies.items()}
+    splits = join_splits(work, manifests, unreadable, dictionary.num_classes, report["world_size"])
     dictionary.write(work)
     write_native(source.method_name, source.tokenizer, work / FOLDER)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.interop.one_size import require_size, state_of_size
 from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.interop.types import Imported, TrainedMethod
 
 LSTM_NAMES = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
 TABLE = KeyTable(
@@ -49,31 +50,14 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
     Raises InteropError for any other file.
     """
-    state = checkpoint.get("model")
-    weight = state.get("forward_lstm.weight_ih_l0") if isinstance(state, Mapping) else None
-    if weight is None:
-        raise InteropError(
-            f"keys {', '.join(map(str, checkpoint))}: not DeCoAR's layout (model.forward_lstm.weight_ih_l0); give a "
-            "checkpoint of DeCoAR"
-        )
-    if tuple(weight.shape) != (4096, 1024):
-        raise InteropError(
-            f"model.forward_lstm.weight_ih_l0: {tuple(weight.shape)}, not (4096, 1024); this layout has one size, so "
-            "give a checkpoint of DeCoAR in the published one"
-        )
+    state = state_of_size(checkpoint, "DeCoAR", "forward_lstm.weight_ih_l0", (4096, 1024))
     encoder = TABLE.to_ours({key: value for key, value in state.items() if key.startswith(_PARTS)})
     return Imported({**ENCODER, "layers": "all"}, encoder, _heads_from(state))
 
 
 def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
     """The dictionary that both entries load, the heads with it; InteropError where sizes are not s3prl's."""
-    config = trained.encoder_config()
-    for name, value in ENCODER.items():
-        if config[name] != value:
-            raise InteropError(
-                f"method.encoder.{name}: {config[name]} where s3prl's decoar_local has {value} in its code; export to "
-                "the native format instead"
-            )
+    require_size(trained.encoder_config(), ENCODER, "decoar_local")
     return {"model": TABLE.to_theirs(trained.encoder_state()) | _heads_to(trained.head_state())}
 
 

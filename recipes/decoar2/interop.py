@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.interop.one_size import require_size, state_of_size
 from pretrain.interop.speech_encoder import fuse_qkv, split_qkv
 from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.interop.types import Imported, TrainedMethod
+from recipes.decoar2.encoder import Decoar2Encoder
 
 _LAYER = "encoder.layers.{i}."
 _SAME = (
@@ -62,7 +64,6 @@ ENCODER = {
     "dropout_input": 0.1,
     "encoder_layerdrop": 0.05,
 }
-_FREE = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
 _PARTS = ("post_extract_proj.", "encoder.")
 _HEAD = ("mask_emb", "quantizer.", "reconstruction.")
 
@@ -72,18 +73,7 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
     Heads of the authors' code, of which there were several kinds, stay behind. Raises InteropError for any other file.
     """
-    state = checkpoint.get("model")
-    weight = state.get("post_extract_proj.weight") if isinstance(state, Mapping) else None
-    if weight is None:
-        raise InteropError(
-            f"keys {', '.join(map(str, checkpoint))}: not DeCoAR 2.0's layout (model.post_extract_proj.weight); give a "
-            "checkpoint of DeCoAR 2.0"
-        )
-    if tuple(weight.shape) != (768, 80):
-        raise InteropError(
-            f"model.post_extract_proj.weight: {tuple(weight.shape)}, not (768, 80); this layout has one size, so give "
-            "a checkpoint of DeCoAR 2.0 in the published one"
-        )
+    state = state_of_size(checkpoint, "DeCoAR 2.0", "post_extract_proj.weight", (768, 80))
     encoder = fuse_qkv(TABLE.to_ours({key: value for key, value in state.items() if key.startswith(_PARTS)}))
     head = {key: value for key, value in state.items() if key.startswith(_HEAD)}
     complete = all(any(key.startswith(part) for key in head) for part in _HEAD)
@@ -92,12 +82,6 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
 def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
     """The dictionary that `decoar2_local` loads, the head with it; raises InteropError where sizes are not s3prl's."""
-    config = trained.encoder_config()
-    for name, value in ENCODER.items():
-        if name not in _FREE and config[name] != value:
-            raise InteropError(
-                f"method.encoder.{name}: {config[name]} where s3prl's decoar2_local has {value} in its code; export to "
-                "the native format instead"
-            )
+    require_size(trained.encoder_config(), ENCODER, "decoar2_local", Decoar2Encoder.free_fields)
     state: dict[str, Tensor] = TABLE.to_theirs(split_qkv(trained.encoder_state())) | trained.head_state()
     return {"model": state}

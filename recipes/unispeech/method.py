@@ -15,48 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, draw_negatives, guessed_hits
-from pretrain.masking import equal_span_masks
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
-from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
-from pretrain.models.conv_features import frames as count_frames
+from pretrain.method import Batch, Counts, Example, Ratio, StepOutput
+from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
-from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
+from pretrain.models.quantized_targets import (
+    MaskingCollator,
+    QuantizedTargetsConfig,
+    QuantizedTargetsMethod,
+    masking_options,
+)
+from pretrain.quantizers.gumbel import Quantized
 from recipes.unispeech.ctc import SPECIAL_SYMBOLS, ctc_loss, shortest_alignment, symbol_errors
 
 
 @dataclass
-class UniSpeechConfig:
-    """Published hyper-parameters; `latent_temp` is the Gumbel temperature's [start, end, decay per update].
+class UniSpeechConfig(QuantizedTargetsConfig):
+    """`ctc_weight` is the share of CTC in the loss (the official `mtlalpha`); at 0 no transcripts are read.
 
-    `ctc_weight` is the share of CTC in the loss (the official `mtlalpha`); at 0 no transcripts are read. `symbols` are
-    those of the run's dictionary: the recipe leaves them empty.
+    `symbols` are those of the run's dictionary: the recipe leaves them empty.
     """
 
-    name: str
-    encoder: SpeechEncoderConfig
-    final_dim: int
-    latent_vars: int
-    latent_groups: int
-    latent_dim: int
-    latent_temp: list[float]
-    num_negatives: int
-    logit_temp: float
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
-    dropout_features: float
-    diversity_weight: float
     ctc_weight: float
     replace_prob: float
     final_dropout: float
     symbols: list[str]
 
     def __post_init__(self) -> None:
-        if len(self.latent_temp) != 3:
-            raise ConfigError(f"method.latent_temp: {self.latent_temp}; state start, end and decay")
+        super().__post_init__()
         if not 0 <= self.ctc_weight < 1:
             raise ConfigError(
                 f"method.ctc_weight: {self.ctc_weight} is not in [0, 1); the rest of 1 is the contrastive loss"
@@ -64,34 +50,24 @@ class UniSpeechConfig:
 
 
 @dataclass(frozen=True)
-class UniSpeechCollator(ConvFrames):
+class UniSpeechCollator(MaskingCollator):
     """Draws masks, distractors and the frames to replace; see `UniSpeechMethod` for what it puts into `extras`."""
 
-    frame_length_rule: str
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
-    num_negatives: int
     replace_prob: float
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        samples = waveforms.shape[1]
-        frames = int(count_frames(samples, self.conv_feature_layers))
-        valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
-        rngs = [example.rng for example in examples]
-        mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
-        own = [np.flatnonzero(row) for row in mask]
-        drawn = zip(rngs, own, valid, strict=True)
+        drawn = self.draw(examples)
+        rngs, frames = [example.rng for example in examples], drawn.mask.shape[1]
+        rows = zip(rngs, map(np.flatnonzero, drawn.mask), drawn.valid, strict=True)
         return make_batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            padded=padded,
+            waveforms=drawn.waveforms,
+            lengths=drawn.lengths,
+            padded=drawn.padded,
             rows=torch.tensor([example.row for example in examples]),
-            mask=mask,
-            negatives=np.stack([draw_negatives(rng, row, count, self.num_negatives) for rng, row, count in drawn]),
+            mask=drawn.mask,
+            negatives=np.stack([draw_negatives(rng, own, count, self.num_negatives) for rng, own, count in rows]),
             replaced=np.stack([rng.random(frames) < self.replace_prob for rng in rngs]),
-            valid=valid,
+            valid=drawn.valid,
             transcripts=[example.transcript for example in examples],
         )
 
@@ -149,7 +125,7 @@ class States(NamedTuple):
     all_targets: Tensor
 
 
-class UniSpeechMethod(Method):
+class UniSpeechMethod(QuantizedTargetsMethod):
     """Encoder, quantizer with two projections up to the encoder's width, and a CTC head.
 
     The encoder must name the quantized features at masked frames, and the head must read the transcript from the
@@ -162,14 +138,10 @@ class UniSpeechMethod(Method):
 
     Config = UniSpeechConfig
     config: UniSpeechConfig
-    encoder: SpeechEncoder
 
     def __init__(self, config: UniSpeechConfig) -> None:
         super().__init__(config)
-        self.encoder = SpeechEncoder(config.encoder)
-        conv_dim, width = config.encoder.conv_feature_layers[-1][0], config.encoder.encoder_embed_dim
-        self.quantizer = GumbelVectorQuantizer(conv_dim, config.latent_vars, config.latent_groups, config.latent_dim)
-        self.quantizer.temperature = config.latent_temp[0]
+        width = config.encoder.encoder_embed_dim
         self.project_q = Linear(config.latent_dim, config.final_dim)
         self.final_proj = Linear(config.final_dim, width)
         # torch's own, which also takes a micro-batch without any labelled row.
@@ -189,20 +161,7 @@ class UniSpeechMethod(Method):
     @classmethod
     def collator(cls, config: UniSpeechConfig) -> UniSpeechCollator:
         """The collator of this configuration."""
-        return UniSpeechCollator(
-            conv_feature_layers=config.encoder.conv_feature_layers,
-            frame_length_rule=config.encoder.frame_length_rule,
-            mask_prob=config.mask_prob,
-            mask_length=config.mask_length,
-            mask_min_spans=config.mask_min_spans,
-            num_negatives=config.num_negatives,
-            replace_prob=config.replace_prob,
-        )
-
-    def before_step(self, progress: Progress) -> None:
-        """Set the temperature and draw the layers that this update skips."""
-        self.quantizer.temperature = temperature_at(progress.update, *self.config.latent_temp)
-        self.encoder.draw_layerdrop(progress.rng())
+        return UniSpeechCollator(**masking_options(config), replace_prob=config.replace_prob)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Both losses are divided by the masked frames, as officially; terms are reported in nats, without weights."""

@@ -13,75 +13,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import ConfigError
-from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, draw_negatives, guessed_hits
-from pretrain.masking import equal_span_masks
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
-from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
-from pretrain.models.conv_features import frames as count_frames
+from pretrain.method import Batch, Counts, Example, Ratio, StepOutput
+from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
-from pretrain.models.speech_encoder import ConvOutput, SpeechEncoder, SpeechEncoderConfig
-from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
+from pretrain.models.quantized_targets import (
+    MaskingCollator,
+    QuantizedTargetsConfig,
+    QuantizedTargetsMethod,
+    masking_options,
+)
+from pretrain.models.speech_encoder import ConvOutput
+from pretrain.quantizers.gumbel import Quantized
 from recipes.wav2vec2.figures import similarity_figure
 
 
 @dataclass
-class Wav2Vec2Config:
-    """Published hyper-parameters; `latent_temp` is the Gumbel temperature's [start, end, decay per update]."""
+class Wav2Vec2Config(QuantizedTargetsConfig):
+    """`feature_penalty_weight` is that of the squared convolution output."""
 
-    name: str
-    encoder: SpeechEncoderConfig
-    final_dim: int
-    latent_vars: int
-    latent_groups: int
-    latent_dim: int
-    latent_temp: list[float]
-    num_negatives: int
-    logit_temp: float
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
-    dropout_features: float
-    diversity_weight: float
     feature_penalty_weight: float
-
-    def __post_init__(self) -> None:
-        if len(self.latent_temp) != 3:
-            raise ConfigError(f"method.latent_temp: {self.latent_temp}; state start, end and decay")
-        if self.latent_dim % self.latent_groups:
-            raise ConfigError(
-                f"method.latent_dim: {self.latent_dim} does not divide into {self.latent_groups} groups; change one"
-            )
-        if self.num_negatives < 1:
-            raise ConfigError(f"method.num_negatives: {self.num_negatives}; a contrast needs one at least")
 
 
 @dataclass(frozen=True)
-class Wav2Vec2Collator(ConvFrames):
+class Wav2Vec2Collator(MaskingCollator):
     """Draws masks and distractors of a batch; see `Wav2Vec2Method` for what it puts into `extras`."""
 
-    frame_length_rule: str
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
-    num_negatives: int
-
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        samples = waveforms.shape[1]
-        frames = int(count_frames(samples, self.conv_feature_layers))
-        valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
-        rngs = [example.rng for example in examples]
-        mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
-        masked = int(mask[0].sum())
-        negatives = [draw_negatives(rng, np.arange(masked), masked, self.num_negatives) for rng in rngs]
+        drawn = self.draw(examples)
+        masked = int(drawn.mask[0].sum())
+        own = np.arange(masked)
+        negatives = [draw_negatives(example.rng, own, masked, self.num_negatives) for example in examples]
         return make_batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            padded=padded,
+            waveforms=drawn.waveforms,
+            lengths=drawn.lengths,
+            padded=drawn.padded,
             rows=torch.tensor([example.row for example in examples]),
-            mask=mask,
+            mask=drawn.mask,
             negatives=np.stack(negatives),
         )
 
@@ -105,7 +73,7 @@ def make_batch(
     )
 
 
-class Wav2Vec2Method(Method):
+class Wav2Vec2Method(QuantizedTargetsMethod):
     """Encoder, quantizer and two projections; at every masked frame the encoder must name the quantized features.
 
     Reads `batch.extras`: `mask` (B, F) bool, True = hidden; `masked_positions` (B * K,) flat frame positions; and
@@ -114,33 +82,16 @@ class Wav2Vec2Method(Method):
 
     Config = Wav2Vec2Config
     config: Wav2Vec2Config
-    encoder: SpeechEncoder
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__(config)
-        self.encoder = SpeechEncoder(config.encoder)
-        conv_dim = config.encoder.conv_feature_layers[-1][0]
-        self.quantizer = GumbelVectorQuantizer(conv_dim, config.latent_vars, config.latent_groups, config.latent_dim)
-        self.quantizer.temperature = config.latent_temp[0]
         self.project_q = Linear(config.latent_dim, config.final_dim)
         self.final_proj = Linear(config.encoder.encoder_embed_dim, config.final_dim)
 
     @classmethod
     def collator(cls, config: Wav2Vec2Config) -> Wav2Vec2Collator:
         """The collator of this configuration."""
-        return Wav2Vec2Collator(
-            conv_feature_layers=config.encoder.conv_feature_layers,
-            frame_length_rule=config.encoder.frame_length_rule,
-            mask_prob=config.mask_prob,
-            mask_length=config.mask_length,
-            mask_min_spans=config.mask_min_spans,
-            num_negatives=config.num_negatives,
-        )
-
-    def before_step(self, progress: Progress) -> None:
-        """Set the temperature and draw the layers that this update skips."""
-        self.quantizer.temperature = temperature_at(progress.update, *self.config.latent_temp)
-        self.encoder.draw_layerdrop(progress.rng())
+        return Wav2Vec2Collator(**masking_options(config))
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats per masked frame, weights included; means as fairseq forms them, per micro-batch."""
