@@ -93,6 +93,28 @@ class FrontEndConfig:
         return 1 + (samples - WINDOW_SAMPLES if self.kind == "fbank" else samples) // SHIFT_SAMPLES
 
 
+@dataclass(frozen=True)
+class FeatureFrames:
+    """The frame grid of a front end: what a collator says of its crops."""
+
+    front_end: FrontEndConfig
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one frame to the next."""
+        return self.front_end.stride_samples
+
+    @property
+    def fewest_frames(self) -> int:
+        """Frames that the shortest crop must have, so that there is something to learn."""
+        return 1
+
+    @property
+    def receptive_field_samples(self) -> int:
+        """Samples of the shortest crop."""
+        return self.front_end.receptive_field_samples + (self.fewest_frames - 1) * self.front_end.stride_samples
+
+
 class FrontEnd(nn.Module):
     """Waveforms to frames (B, F, `dim`), by the configuration."""
 

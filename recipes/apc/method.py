@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
 from pretrain.features.cmvn import valid_mask
-from pretrain.features.front_end import FrontEndConfig
+from pretrain.features.front_end import FeatureFrames
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput
@@ -64,23 +64,16 @@ class ApcConfig:
 
 
 @dataclass(frozen=True)
-class ApcCollator:
+class ApcCollator(FeatureFrames):
     """Counts the frames that have a target, and draws the anchors; see `ApcMethod` for what it puts into `extras`."""
 
-    front_end: FrontEndConfig
     time_shift: int
     past: PastConfig | None
 
     @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return self.front_end.stride_samples
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that the shortest crop needs: one frame with a target, and with a past where that is asked for."""
-        frames = self.time_shift + (self.past.offset if self.past else 0)
-        return self.front_end.receptive_field_samples + frames * self.stride_samples
+    def fewest_frames(self) -> int:
+        """One frame with a target, and with a past where that is asked for."""
+        return 1 + self.time_shift + (self.past.offset if self.past else 0)
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
 from pretrain.features.cmvn import valid_mask
-from pretrain.features.front_end import FrontEndConfig
+from pretrain.features.front_end import FeatureFrames
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
@@ -43,21 +43,15 @@ class DecoarConfig:
 
 
 @dataclass(frozen=True)
-class DecoarCollator:
+class DecoarCollator(FeatureFrames):
     """Counts the slices of a batch; nothing is drawn."""
 
-    front_end: FrontEndConfig
     slice_size: int
 
     @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return self.front_end.stride_samples
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that the shortest crop needs: one slice."""
-        return self.front_end.receptive_field_samples + self.slice_size * self.stride_samples
+    def fewest_frames(self) -> int:
+        """One slice."""
+        return 1 + self.slice_size
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pretrain.alterations import last_visible
 from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
-from pretrain.features.front_end import FrontEndConfig
+from pretrain.features.front_end import FeatureFrames
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.masking import separate_span_mask
@@ -64,24 +64,18 @@ class Decoar2Config:
 
 
 @dataclass(frozen=True)
-class Decoar2Collator:
+class Decoar2Collator(FeatureFrames):
     """Draws which frames are hidden; see `Decoar2Method` for what it puts into `extras`."""
 
-    front_end: FrontEndConfig
     mask_prob: float
     mask_length: int
     mask_min_spans: int
     mask_min_space: int
 
     @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return self.front_end.stride_samples
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that the shortest crop needs: two frames, one hidden and one seen."""
-        return self.front_end.receptive_field_samples + self.stride_samples
+    def fewest_frames(self) -> int:
+        """One that is hidden and one that is seen."""
+        return 2
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

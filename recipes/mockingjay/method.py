@@ -22,7 +22,7 @@ from pretrain.alterations import (
 )
 from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
-from pretrain.features.front_end import FrontEnd, FrontEndConfig
+from pretrain.features.front_end import FeatureFrames, FrontEnd, FrontEndConfig
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
@@ -53,22 +53,11 @@ class MockingjayConfig:
 
 
 @dataclass(frozen=True)
-class MockingjayCollator:
+class MockingjayCollator(FeatureFrames):
     """Draws what is altered; see `MockingjayMethod` for what it puts into `extras`."""
 
-    front_end: FrontEndConfig
     target_dim: int
     alteration: AlterationConfig
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return self.front_end.stride_samples
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples that one frame sees."""
-        return self.front_end.receptive_field_samples
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

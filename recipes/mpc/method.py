@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain.alterations import chunk_mask, last_visible
 from pretrain.config import ConfigError
 from pretrain.data.collate import stack_waveforms
-from pretrain.features.front_end import FrontEndConfig
+from pretrain.features.front_end import FeatureFrames
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
@@ -41,10 +41,9 @@ class MpcConfig:
 
 
 @dataclass(frozen=True)
-class MpcCollator:
+class MpcCollator(FeatureFrames):
     """Draws what is hidden; see `MpcMethod` for what it puts into `extras`."""
 
-    front_end: FrontEndConfig
     chunk_size: int
     keep_probability: float
 
@@ -54,9 +53,9 @@ class MpcCollator:
         return SUBSAMPLING * self.front_end.stride_samples
 
     @property
-    def receptive_field_samples(self) -> int:
-        """Samples behind the four frames of one position."""
-        return self.front_end.receptive_field_samples + (SUBSAMPLING - 1) * self.front_end.stride_samples
+    def fewest_frames(self) -> int:
+        """Those behind one position."""
+        return SUBSAMPLING
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)

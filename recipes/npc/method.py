@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.data.collate import stack_waveforms
 from pretrain.features.cmvn import valid_mask
-from pretrain.features.front_end import FrontEndConfig
+from pretrain.features.front_end import FeatureFrames
 from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
@@ -31,20 +31,8 @@ class NpcConfig:
 
 
 @dataclass(frozen=True)
-class NpcCollator:
+class NpcCollator(FeatureFrames):
     """Counts the frames of a batch."""
-
-    front_end: FrontEndConfig
-
-    @property
-    def stride_samples(self) -> int:
-        """Samples from one frame to the next."""
-        return self.front_end.stride_samples
-
-    @property
-    def receptive_field_samples(self) -> int:
-        """Samples in the window of one frame."""
-        return self.front_end.receptive_field_samples
 
     def __call__(self, examples: list[Example]) -> Batch:
         waveforms, lengths, padded = stack_waveforms(examples)
