@@ -60,6 +60,18 @@ def test_the_tool_times_steps(
     assert "Not measured: fairseq" in printed
 
 
+def test_a_peer_that_fails_in_one_precision_is_named_and_left_out() -> None:
+    """s3prl's quantizer, for one, wants numpy's types, and numpy has no bfloat16."""
+    options = step.StepOptions(
+        "step", recipe="vq_apc_tiny", batch=1, seconds=1.0, rounds=1, peers="s3prl", memory=False, device="cpu"
+    )
+    result = step.measure_steps(options)
+    rows = [(row["precision"], row["variant"]) for row in result["rows"]]
+    assert rows == [("fp32", "headwater"), ("fp32", "s3prl"), ("bf16", "headwater")]
+    assert "BFloat16" in result["absent"]["s3prl in bf16"]
+    assert result["rows"][1]["scale_wall"] == 1
+
+
 def test_peers_compute_our_loss_from_our_weights() -> None:
     subject = step.Subject.of_recipe("hubert_tiny")
     batch = step.make_batch(tiny(), subject)

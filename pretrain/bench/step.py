@@ -118,26 +118,31 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
     names = [OURS, *(name for name in options.peer_names if name not in absent)]
     batch = make_batch(options, subject).to(device)
     contenders = {name: make_contender(options, name, subject, device) for name in names}
-    works = {
-        f"{precision} {name}": partial(contender.step, batch, precision)
-        for precision in options.precisions
-        for name, contender in contenders.items()
-    }
+    works = {}
+    for precision in options.precisions:
+        for name, contender in contenders.items():
+            try:
+                contender.step(batch, precision)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if name == OURS:
+                    raise
+                absent[f"{name} in {precision}"] = f"{type(error).__name__}: {error}"
+            else:
+                works[precision, name] = partial(contender.step, batch, precision)
     costs = interleaved(works, options.rounds, WARMUPS[device.type], device)
     flops = options.batch * contenders[OURS].model.training_flops(batch.waveforms.shape[1])
     rows = []
-    for precision in options.precisions:
-        for name, contender in contenders.items():
-            row = _row(options, contender, costs[f"{precision} {name}"], flops, peak_flops(device))
-            if options.memory:
-                row["peak_gb"] = in_fresh_process(peak_of_step, options, name, precision)
-            rows.append({"variant": name, "precision": precision, **row})
+    for (precision, name), cost in costs.items():
+        row = _row(options, contenders[name], cost, flops, peak_flops(device))
+        if options.memory:
+            row["peak_gb"] = in_fresh_process(peak_of_step, options, name, precision)
+        rows.append({"variant": name, "precision": precision, **row})
     add_ratios(rows, OURS, group="precision")
-    reference = next(row for row in rows if row["variant"] == names[-1])
+    reference = [row for row in rows if row["precision"] == options.precisions[0]][-1]
     for row in rows:
         for kind in ("wall", "cpu"):
             row[f"scale_{kind}"] = row[f"{kind}_seconds"] / reference[f"{kind}_seconds"]
-    note = f"{NOTE} On the scale, {names[-1]} in {options.precisions[0]} is 1."
+    note = f"{NOTE} On the scale, {reference['variant']} in {reference['precision']} is 1."
     return {"task": "step", "note": note, "environment": machine, "rows": rows, "absent": absent}
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 Row = dict[str, Any]
 
 
@@ -46,13 +47,13 @@ def cost_of(work: Callable[[], T], device: torch.device | None = None) -> tuple[
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], rounds: int, warmups: int, device: torch.device | None = None
-) -> dict[str, Cost]:
+    variants: dict[K, Callable[[], object]], rounds: int, warmups: int, device: torch.device | None = None
+) -> dict[K, Cost]:
     """Medians over `rounds` of each variant's cost, after `warmups` rounds that do not count.
 
     Every round runs all variants once, so that what else happens on the machine meets them alike.
     """
-    costs: dict[str, list[Cost]] = {name: [] for name in variants}
+    costs: dict[K, list[Cost]] = {name: [] for name in variants}
     for index in tqdm(range(warmups + rounds), "rounds"):
         for name, work in variants.items():
             cost, _ = cost_of(work, device)
