@@ -282,7 +282,14 @@ def load_method(name: str) -> ModuleType:
 
 def load_interop(name: str) -> ModuleType | None:
     """The method's `interop` module (key tables of other projects), or None where the method has none."""
-    package = load_method(name)
-    if importlib.util.find_spec(f"{package.__name__}.interop") is None:
-        return None
-    return importlib.import_module(f"{package.__name__}.interop")
+    return _part(name, "interop")
+
+
+def load_peers(name: str) -> ModuleType | None:
+    """The method's `peers` module (other projects' trainings of it, for the benchmark), or None where it has none."""
+    return _part(name, "peers")
+
+
+def _part(name: str, part: str) -> ModuleType | None:
+    module = f"{load_method(name).__name__}.{part}"
+    return importlib.import_module(module) if importlib.util.find_spec(module) else None

@@ -16,6 +16,7 @@ def start(job: dict[str, Any]) -> Training:
     steps = trainer.steps()
 
     def update() -> float:
+        """One step of the trainer; the seconds of audio in it."""
         before = trainer.throughput.audio_seconds
         next(steps)
         return trainer.throughput.audio_seconds - before

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pretrain.bench.loader import LoaderData
 from pretrain.bench.timing import Row, add_ratios, environment
 from pretrain.bench.turns import Turn, TurnTaker
 from pretrain.config import ConfigError, RunConfig, compose_recipe, resolve_data_dir, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.manifest import Manifest
-from pretrain.method import load_method
+from pretrain.method import load_method, load_peers
 
 OURS, THEIRS = "headwater", "s3prl"
 FRAMES_PER_SECOND = 100
@@ -37,25 +38,20 @@ NOTE = (
 
 
 @dataclass
-class PipelineData:
-    """`dir` holds train.tsv, of plain 16 kHz files; `sample` is the embedded sample."""
-
-    dir: str = "sample"
-
-
-@dataclass
 class PipelineOptions:
-    """`utterances` an update, `updates` a turn, `workers` of the data loader (0: reading in the training process)."""
+    """`utterances` an update, `updates` a turn, `workers` of the data loader (0: reading in the training process).
+
+    `data.dir` holds train.tsv, of plain 16 kHz files.
+    """
 
     task: str
     recipe: str = "tera_100hr"
-    data: PipelineData = field(default_factory=PipelineData)
+    data: LoaderData = field(default_factory=LoaderData)
     utterances: int = 8
     updates: int = 6
     rounds: int = 5
     workers: int = 0
     threads: int = 1
-    precision: str = "fp32"
     device: str = "auto"
     output: str | None = None
 
@@ -103,7 +99,7 @@ def measure_pipelines(options: PipelineOptions) -> dict[str, Any]:
                     turns[name].append(turn)
     rows = [_row(name, taken) for name, taken in turns.items()]
     add_ratios(rows, OURS)
-    data = {"data": options.data.dir, "workers": options.workers, "precision": options.precision}
+    data = {"data": options.data.dir, "workers": options.workers, "precision": "fp32"}
     return {"task": "pipeline", "note": NOTE, "environment": machine | data, "rows": rows, "absent": {}}
 
 
@@ -139,7 +135,7 @@ def _our_job(
         "batch.micro_batches_per_step=1",
         f"output_dir={scratch}",
         "name=pipeline",
-        f"precision={options.precision}",
+        "precision=fp32",
         f"trainer.threads={options.threads}",
         "trainer.memory_probe=false",
     ]
@@ -147,15 +143,13 @@ def _our_job(
 
 
 def _their_training(config: RunConfig) -> S3prlTraining:
-    package = load_method(config.method["name"])
-    name = f"{package.__name__}.peers"
-    module = importlib.import_module(name) if importlib.util.find_spec(name) else None
-    describe: Callable[[Any], S3prlTraining] | None = getattr(module, "s3prl_training", None)
+    name = config.method["name"]
+    describe: Callable[[Any], S3prlTraining] | None = getattr(load_peers(name), "s3prl_training", None)
     if describe is None:
         raise ConfigError(
             f"recipe: s3prl's pre-training has no counterpart of {config.recipe}; take APC, NPC or TERA's family"
         )
-    return describe(typed(package.Method.Config, config.method, "method"))
+    return describe(typed(load_method(name).Method.Config, config.method, "method"))
 
 
 def _their_job(
@@ -167,8 +161,6 @@ def _their_job(
     device: torch.device,
 ) -> dict[str, Any]:
     """The same data as a table of paths and lengths, with our crop in frames."""
-    if options.precision != "fp32":
-        raise ConfigError(f"precision: {options.precision}; s3prl's training is compared in fp32")
     spec = importlib.util.find_spec(THEIRS)
     if spec is None or spec.origin is None or importlib.util.find_spec("pandas") is None:
         raise ConfigError(

@@ -37,6 +37,7 @@ def start(job: dict[str, Any]) -> Training:
     stream = forever(expert.get_train_dataloader())
 
     def update() -> float:
+        """As the runner: it reads the loss of every step, and clips before it updates."""
         data = next(stream)
         loss, _ = expert(data, records={}, global_step=1, log_step=2)
         loss.backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_p
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.engine import DTYPES
-from pretrain.method import Batch, Example, LabelInfo, Method, load_method
+from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_peers
 from pretrain.metrics import peak_flops, peak_memory_gb
 
 OURS = "headwater"
@@ -88,9 +87,7 @@ class Subject:
         config = typed(package.Method.Config, values, "method")
         infos = [LabelInfo(LABEL_RATE_HZ, classes) for classes in package.Method.label_classes(config)]
         adapted = package.Method.adapt(config, infos) if infos else config
-        module = f"{package.__name__}.peers"
-        peers = importlib.import_module(module).PEERS if importlib.util.find_spec(module) else {}
-        return cls(package.Method, adapted, peers)
+        return cls(package.Method, adapted, getattr(load_peers(values["name"]), "PEERS", {}))
 
 
 @dataclass(frozen=True)
