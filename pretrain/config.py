@@ -171,6 +171,7 @@ class TrainerConfig:
     stop_after_updates: int | None
     max_failed_steps: int
     memory_probe: bool
+    precision_check: bool
     compile: bool | None
     profile: bool
     health: bool

@@ -13,14 +13,13 @@ from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import planned_reader
 from pretrain.data.plan import Plan
-from pretrain.distributed import World
-from pretrain.engine import DTYPES
 from pretrain.footprint import Footprint, measure
 from pretrain.memory import StateBytes, state_bytes
 from pretrain.method import Batch, Example, Method, load_method
 from pretrain.metrics import PEAK_FLOPS
+from pretrain.precision import DTYPES, resolve_precision
 from pretrain.schedule import build_schedule
-from pretrain.setup import open_run, resolve_precision
+from pretrain.setup import open_run
 
 SHARE_OF_PEAK = 0.4
 PLANNED_CARDS = ("A100", "H100")
@@ -58,7 +57,7 @@ def report(config: RunConfig) -> list[str]:
         )
     ranks = settings.dry_run_ranks or int(os.environ.get("WORLD_SIZE", 1))
     config.batch.accumulation(ranks)
-    precision = resolve_precision(config.precision, World(0, ranks, 0, ranks, torch.device(settings.dry_run_device)))
+    precision = resolve_precision(config.precision, torch.device(settings.dry_run_device))
     subject = open_subject(config)
     footprint = largest_footprint(config, subject, precision)
     frozen = footprint.method_parameters - footprint.trained_parameters

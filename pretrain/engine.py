@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, OptimizerConfig
 from pretrain.method import Batch, Method, StepOutput
+from pretrain.precision import DTYPES
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -28,7 +29,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SkippableAdamW(torch.optim.AdamW):

@@ -4,7 +4,6 @@ so that a run fails in its first minute or not at all.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from pretrain.config import BatchConfig, ConfigError
 from pretrain.data.loader import MicroBatchReader
 from pretrain.distributed import World
-from pretrain.engine import DTYPES
 from pretrain.method import Method
 from pretrain.metrics import peak_memory_gb
+from pretrain.precision import autocast, left_untouched
 
 FP32_BYTES = 4
 # Elements; DeepSpeed's defaults, which conf/deepspeed leaves alone.
@@ -80,15 +79,15 @@ def probe_memory(
     ConfigError, naming the shape and the fix, where the device has too little memory.
     """
     shapes = []
-    buffers = {name: value.clone() for name, value in method.named_buffers()}
-    autocast = torch.autocast(world.device.type, DTYPES[precision]) if precision in DTYPES else contextlib.nullcontext()
     for micro_batch in reader.plan.largest_shapes():
         batch = reader[micro_batch]
         shapes.append(f"{batch.waveforms.shape[0]} x {batch.waveforms.shape[1] / 16_000:.2f} s")
         try:
-            with autocast:
-                loss = method(batch.to(world.device)).loss
-            loss.backward()
+            # Running statistics and the like must not learn from the probe.
+            with left_untouched(method):
+                with autocast(world.device, precision):
+                    loss = method(batch.to(world.device)).loss
+                loss.backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             seconds, steps = batch_config.seconds_per_micro_batch, batch_config.micro_batches_per_step
             raise ConfigError(
@@ -96,11 +95,6 @@ def probe_memory(
                 f"batch.seconds_per_micro_batch={seconds / 2:g} batch.micro_batches_per_step={steps * 2}, which is the "
                 f"same update, or trainer.checkpoint_activations=true ({str(error).splitlines()[0]})"
             ) from None
-        finally:
-            method.zero_grad(set_to_none=True)
-            # Running statistics and the like must not learn from the probe.
-            for name, value in method.named_buffers():
-                value.copy_(buffers[name])
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     state = state_bytes(trained, 0, 0, zero, world.size)
     return (

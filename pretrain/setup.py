@@ -15,10 +15,11 @@ from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.transcripts import write_dictionary
-from pretrain.distributed import World, join_world, share_cores
+from pretrain.distributed import join_world, share_cores
 from pretrain.engine import Engine
 from pretrain.memory import probe_memory
 from pretrain.method import Method, load_method
+from pretrain.precision import checked_precision, resolve_precision
 from pretrain.schedule import build_schedule
 from pretrain.trainer import Trainer
 from pretrain.weights import initialise
@@ -57,7 +58,11 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     method.to(world.device)
     if config.trainer.checkpoint_activations:
         method.encoder.checkpoint_activations()
-    precision = resolve_precision(config.precision, world)
+    precision = resolve_precision(config.precision, world.device)
+    if precision != "fp32" and config.trainer.precision_check:
+        trial = reader[reader.plan.small_micro_batch()]
+        precision, note = checked_precision(method, trial, config.precision, precision, world)
+        notes.append(note)
     zero = config.deepspeed["zero_optimization"]
     if config.trainer.memory_probe and zero["stage"] < 3:
         notes.append(probe_memory(method, reader, precision, world, config.batch, zero))
@@ -110,16 +115,6 @@ def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
     # Options that runs begun before they existed lack count only where they are used.
     batch, crop = ({k: v for k, v in resolved[name].items() if v not in (None, False)} for name in ("batch", "crop"))
     return {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"]} | corpus.identity()
-
-
-def resolve_precision(precision: str, world: World) -> str:
-    """`auto` is bf16 where the hardware multiplies it fast: GPUs, and CPUs with AMX. Raises ConfigError."""
-    on_gpu = world.device.type == "cuda"
-    if precision == "auto":
-        return "bf16" if on_gpu or torch.cpu._is_amx_tile_supported() else "fp32"
-    if precision == "fp16" and not on_gpu:
-        raise ConfigError("precision: fp16 is for GPUs; use bf16 or fp32 on a CPU")
-    return precision
 
 
 def _keep_kmeans(source: Path | None, target: Path) -> None:

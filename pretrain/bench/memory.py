@@ -13,9 +13,9 @@ import torch
 from pretrain.bench.step import StepOptions, Subject, make_batch
 from pretrain.bench.timing import environment, in_fresh_process
 from pretrain.config import ConfigError
-from pretrain.engine import DTYPES
 from pretrain.footprint import LiveBytes, measure
 from pretrain.method import Batch, Method
+from pretrain.precision import DTYPES, autocast
 
 NOTE = (
     "Forward and backward beside weights, gradients and the batch, in GB. `estimate` is the dry run's, on tensors "
@@ -119,7 +119,7 @@ def _ready(options: MemoryOptions, shape: str, recompute: bool) -> tuple[Method,
 
 
 def _step(method: Method, batch: Batch, precision: str) -> None:
-    with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
+    with autocast(torch.device("cpu"), precision):
         loss = method(batch).loss
     loss.backward()
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.engine import DTYPES
 from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_peers
 from pretrain.metrics import peak_flops, peak_memory_gb
+from pretrain.precision import DTYPES, autocast
 
 OURS = "headwater"
 LABEL_RATE_HZ = 50
@@ -100,7 +100,7 @@ class Contender:
     def step(self, batch: Batch, precision: str) -> None:
         """Forward, backward, release of the gradients."""
         device = batch.waveforms.device
-        with torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+        with autocast(device, precision):
             loss = self.loss(batch)
         loss.backward()
         self.model.zero_grad(set_to_none=True)

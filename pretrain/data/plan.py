@@ -9,7 +9,7 @@ that compiled graphs stay few and ties are many enough to shuffle.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -142,6 +142,12 @@ class Plan:
         """The batch with the most samples and the one with the longest crop, for the memory probe."""
         samples = np.diff(self.bounds) * self.crops
         return [self._batch(0, b) for b in sorted({int(samples.argmax()), int(self.crops.argmax())})]
+
+    def small_micro_batch(self) -> MicroBatch:
+        """Two rows of the batch with the shortest crop, for trials that need no more."""
+        batch = self._batch(0, int(self.crops.argmin()))
+        copies = None if batch.copies is None else batch.copies[:2]
+        return replace(batch, rows=batch.rows[:2], copies=copies)
 
     def replacement(self, micro_batch: MicroBatch, row: int, attempt: int) -> int:
         """Another row that fits the batch's shape in place of `row`, whose file cannot be read.

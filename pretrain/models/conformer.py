@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.batch_norm import BatchNorm
-from pretrain.models.kernels import LayerNorm, Linear, attention, dropout, linear
+from pretrain.models.kernels import LayerNorm, Linear, attention, dropout, grouped_conv1d, linear
 from pretrain.models.positions import rotate
 from pretrain.models.transformer import SelfAttention
 
@@ -90,7 +90,8 @@ class DepthwiseConv(nn.Conv1d):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        out = grouped_conv1d(x.transpose(1, 2), self.weight, None, self.padding[0], self.groups)
+        return out.transpose(1, 2)
 
 
 class ConvolutionModule(nn.Module):

@@ -1,4 +1,4 @@
-"""Building blocks whose fastest form depends on the processor: products, attention, dropout, layer norm."""
+"""Building blocks whose best form depends on the processor: products, convolutions, attention, dropout, layer norm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight[:, :, None, None], bias, dilation=(2, 1))
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    """`F.conv1d` of x (B, C, F) in `groups`; on the CPU in float32 where a group is not 16, 32, ... channels wide.
+
+    The oneDNN that comes with torch 2.11 has a bfloat16 kernel for AMX that returns noise for such groups and kernel
+    sizes of 16, 32 and more, forward and backward. float32 is also the fastest right way: a product over windows takes
+    twice as long. The result has the data type of `F.conv1d`.
+    """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if not x.is_cpu or dtype not in (torch.bfloat16, torch.float16) or weight.shape[1] % 16 == 0:
+        return F.conv1d(x, weight, bias, padding=padding, groups=groups)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        return F.conv1d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(dtype)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

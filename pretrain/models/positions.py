@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.kernels import grouped_conv1d
+
 
 class ConvPositions(nn.Module):
     """Convolutional positional embedding: a weight-normed grouped convolution over frames, then GELU.
@@ -30,7 +32,7 @@ class ConvPositions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) to (B, F, D)."""
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
-        out = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        out = grouped_conv1d(x.transpose(1, 2), weight, self.bias, self.kernel // 2, self.groups)
         # An even kernel with symmetric padding makes one frame too many.
         return F.gelu(out[:, :, : x.shape[1]]).transpose(1, 2)
 
