@@ -14,7 +14,7 @@ install = echo "Installing $(1) into .venv"; \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format types table clean
+.PHONY: help demo test test-slow lint format types compare table clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ format: .venv/installed-dev ## ruff's fixes and layout
 
 types: .venv/installed-dev ## mypy
 	$(BIN)/mypy
+
+compare: .venv/installed ## losses of every *_tiny recipe, here and at BASE=<commit>: equal to the last digit?
+	@test -n "$(BASE)" || { echo "Say which commit: make compare BASE=<commit>"; exit 1; }
+	$(BIN)/python tools/compare_losses.py base=$(BASE)
 
 table: .venv/installed ## rewrite the tables of recipes
 	$(BIN)/python tools/recipe_table.py
