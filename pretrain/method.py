@@ -78,7 +78,7 @@ class Collator(Protocol):
 
     `stride_samples` and `receptive_field_samples` describe the frame grid on which crops are placed. A collator
     with an attribute `reads_audio` that is False works on labels alone: no file is opened, and `Example.waveform` has
-    the crop's length but holds only zeros, in the memory of one number (`pretrain.data.collate.silent_waveforms`).
+    the crop's length but holds only zeros, in the memory of one number (`objectives.collate.silent_waveforms`).
     """
 
     stride_samples: int

@@ -26,8 +26,8 @@ from pretrain.errors import UserError
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def main(values: DictConfig) -> None:
     """Compose, check, train; leaves with status 75 when a signal stopped the run after a checkpoint."""
-    from pretrain.dry_run import dry_run
-    from pretrain.setup import build_trainer  # imports deepspeed, which `--cfg job` does without
+    from pretrain.planning.dry_run import dry_run
+    from pretrain.training.setup import build_trainer  # imports deepspeed, which `--cfg job` does without
 
     recipe = HydraConfig.get().runtime.choices["recipe"]
     try:

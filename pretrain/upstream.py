@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.config import CONF_DIR, nearest, recipe_names
-from pretrain.interop.types import InteropError
 from pretrain.method import Encoder, load_method, method_names
-from pretrain.weights import load_strictly, read_weights
+from pretrain.weights.interop.types import InteropError
+from pretrain.weights.read import load_strictly, read_weights
 
 if TYPE_CHECKING:
-    from pretrain.kmeans.model import KMeansModel
+    from pretrain.labelling.kmeans.model import KMeansModel
 
 MIN_SAMPLES = 800  # 0.05 s: shorter batches are padded with zeros, as in s3prl
 
@@ -42,7 +42,7 @@ class Upstream(nn.Module):
         extra_conf: dict[str, Any] | None = None,
         randomize: bool = False,
     ) -> None:
-        """Load the weights behind `path_or_url`; every kind that `pretrain.weights.read_weights` knows is accepted.
+        """Load the weights behind `path_or_url`; every kind that `weights.read.read_weights` knows is accepted.
 
         `name` is a recipe or a method; None takes the method that the checkpoint names. `refresh` downloads an address
         again. `normalize` layer-normalises every hidden state. `extra_conf` replaces fields of the encoder's
@@ -126,7 +126,7 @@ class Upstream(nn.Module):
             )
         if self._kmeans is None:
             # Loaded on first use: it may bring an encoder of its own.
-            from pretrain.kmeans.model import KMeansModel
+            from pretrain.labelling.kmeans.model import KMeansModel
 
             self._kmeans = KMeansModel.load(self._kmeans_dir)
         return self._kmeans

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from small_method import OPTIMIZER, SmallConfig
 from torch import nn
 
-from pretrain.distributed import World, join_world
-from pretrain.engine import Engine
-from pretrain.footprint import LiveBytes
 from pretrain.method import Batch, Method, StepOutput
+from pretrain.planning.footprint import LiveBytes
+from pretrain.training.distributed import World, join_world
+from pretrain.training.engine import Engine
 
 WIDTH, LAYERS = 512, 6  # layers that ZeRO 3 shares: it leaves smaller tensors whole
 BUCKET = WIDTH * WIDTH  # elements, about one layer

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig
-from pretrain.distributed import World
-from pretrain.engine import Engine
 from pretrain.method import Batch, Method, StepOutput
+from pretrain.training.distributed import World
+from pretrain.training.engine import Engine
 
 MICRO_BATCHES = 4
 ROWS = 5

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.alterations import (
+from pretrain.errors import UserError
+from pretrain.losses.reconstruction import l1_sum
+from pretrain.objectives.alterations import (
     Alteration,
     AlterationConfig,
     alter,
@@ -18,8 +20,6 @@ from pretrain.alterations import (
     scored_elements,
     stack_alterations,
 )
-from pretrain.errors import UserError
-from pretrain.losses.reconstruction import l1_sum
 
 TIME = AlterationConfig(
     mask_proportion=0.15,

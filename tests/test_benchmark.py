@@ -19,7 +19,7 @@ from pretrain.bench import labels, loader, pipeline, step, timing, turns
 from pretrain.config import SAMPLE_DIR, ConfigError
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
-from pretrain.interop.speech_encoder import state_to_huggingface
+from pretrain.weights.interop.speech_encoder import state_to_huggingface
 from recipes.hubert.peers import TorchaudioHubert, TransformersHubert
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"

@@ -16,10 +16,17 @@ from conftest import ROOT
 from small_method import SmallMethod, engine_of, plain, train
 from two_ranks import load, save
 
-from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointError, check_identity, damage, find_resumable, newest_checkpoint, run_lock
-from pretrain.distributed import World
-from pretrain.engine import Engine
+from pretrain.training import checkpoint
+from pretrain.training.checkpoint import (
+    CheckpointError,
+    check_identity,
+    damage,
+    find_resumable,
+    newest_checkpoint,
+    run_lock,
+)
+from pretrain.training.distributed import World
+from pretrain.training.engine import Engine
 
 # With `--dist loadgroup` one worker launches the two ranks for this file and test_engine.py.
 pytestmark = pytest.mark.xdist_group("two_ranks")
@@ -150,7 +157,7 @@ def test_a_crash_while_saving_never_leaves_a_wrong_newest(
     train(engine, world, 1, 2)
     before = plain(checkpoint.load_weights(run / "checkpoints" / "step_00000002"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"pretrain.checkpoint.{place}", crash)
+        patch.setattr(f"pretrain.training.checkpoint.{place}", crash)
         with pytest.raises(Crash):
             save(run, engine, world, 3)
     found = newest_checkpoint(run)
@@ -166,7 +173,7 @@ def test_a_crash_between_writing_again_and_publishing_keeps_the_step_before(
     run: Path, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step that is saved a second time may be lost, never the one before."""
-    monkeypatch.setattr("pretrain.checkpoint.Path.rename", crash)
+    monkeypatch.setattr("pretrain.training.checkpoint.Path.rename", crash)
     with pytest.raises(Crash):
         save(run, engine, world, 2)
     assert newest(run) == "step_00000001"
@@ -179,7 +186,7 @@ def test_a_full_disk_leaves_the_older_ones(
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"pretrain.checkpoint.{place}", no_space)
+    monkeypatch.setattr(f"pretrain.training.checkpoint.{place}", no_space)
     problem = save(run, engine, world, 3)
     assert problem is not None
     assert "No space left on device" in problem
@@ -238,7 +245,7 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path, engine: Engine
 # Holds the lock, and leaves a child that outlives it as data workers outlive a killed trainer.
 HOLDER = """
 import os, pathlib, sys, time
-from pretrain.checkpoint import run_lock
+from pretrain.training.checkpoint import run_lock
 with run_lock(pathlib.Path(sys.argv[1])):
     child = os.fork()
     if child:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data.collate import frame_labels, stack_waveforms
 from pretrain.method import Example
+from pretrain.objectives.collate import frame_labels, stack_waveforms
 
 STRIDE = 320
 

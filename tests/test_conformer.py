@@ -19,15 +19,15 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 
 from pretrain import Upstream
 from pretrain.errors import UserError
-from pretrain.export import write_native
-from pretrain.interop import speech_encoder as interop
-from pretrain.interop.files import write_torch
-from pretrain.interop.types import InteropError, TrainedMethod
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.conformer import shifted
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
-from pretrain.weights import initialise
+from pretrain.weights.export import write_native
+from pretrain.weights.interop import speech_encoder as interop
+from pretrain.weights.interop.files import write_torch
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise
 from recipes.hubert import interop as hubert
 
 CONV_LAYERS = [[32, 10, 5], *[[32, 3, 2]] * 4, *[[32, 2, 2]] * 2]

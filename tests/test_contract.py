@@ -15,7 +15,7 @@ from small_run import environment
 
 from pretrain.config import CONF_DIR, compose_recipe, recipe_names, run_config, typed
 from pretrain.method import Encoder, Method, load_method, method_names
-from pretrain.schedule import build_schedule
+from pretrain.training.schedule import build_schedule
 from pretrain.upstream import Upstream
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]

@@ -16,10 +16,10 @@ from small_hubert import batch, small_method
 from transformers import HubertConfig, HubertModel
 
 from pretrain import Upstream
-from pretrain.download import fetch
-from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError
-from pretrain.weights import read_weights
+from pretrain.weights.download import fetch
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.types import InteropError
+from pretrain.weights.read import read_weights
 
 
 class Server:

@@ -26,12 +26,12 @@ from torch.overrides import TorchFunctionMode
 from pretrain.bench.memory import MemoryOptions, measure_memory
 from pretrain.bench.step import StepOptions, Subject, make_batch
 from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, run_config
-from pretrain.distributed import World
-from pretrain.dry_run import report
-from pretrain.footprint import LiveBytes, measure
-from pretrain.memory import state_bytes
 from pretrain.method import Batch, Method
-from pretrain.setup import build_trainer
+from pretrain.planning.dry_run import report
+from pretrain.planning.footprint import LiveBytes, measure
+from pretrain.training.distributed import World
+from pretrain.training.memory import state_bytes
+from pretrain.training.setup import build_trainer
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 LARGE = [name for name in ("hubert_xlarge_ll60k", "xls_r_2b") if name in recipe_names()]

@@ -27,9 +27,9 @@ from small_method import (
 from two_ranks import CHANGES, STAGES, conformer_run, continued, load, save
 
 from pretrain.config import ConfigError, OptimizerConfig
-from pretrain.distributed import World
-from pretrain.engine import Engine, SkippableAdamW
 from pretrain.method import Batch, Method, StepOutput
+from pretrain.training.distributed import World
+from pretrain.training.engine import Engine, SkippableAdamW
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # With `--dist loadgroup` one worker launches the two ranks for this file and test_checkpoint.py.

@@ -9,8 +9,8 @@ import pytest
 
 from pretrain.config import ConfigError, compose_recipe, run_config
 from pretrain.data.corpus import open_corpus
-from pretrain.data.groups import speaker_groups
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.speakers import speaker_groups
 
 LIBRISPEECH = ["84/121123/84-121123-0000.flac", "1272/1/1272-1-0003.flac", "84/121550/84-121550-0001.flac"]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.health import HOPELESS_INTERVALS, HealthMonitor, HopelessRun
+from pretrain.training.health import HOPELESS_INTERVALS, HealthMonitor, HopelessRun
 
 HEALTHY = {
     "loss": 3.2,

@@ -15,7 +15,7 @@ from conftest import ROOT
 from pretrain.method import method_names
 
 TRAINING_ONLY = {"deepspeed", "hydra"}
-LIGHT = ("pretrain.upstream", "pretrain.models", "pretrain.features", "pretrain.data", "pretrain.kmeans")
+LIGHT = ("pretrain.upstream", "pretrain.models", "pretrain.features", "pretrain.data", "pretrain.labelling")
 
 
 def modules_of(package: str) -> dict[str, Path]:
@@ -106,7 +106,9 @@ def test_what_an_upstream_needs_never_names_the_trainers_libraries(module: str) 
 
 
 def test_deepspeed_is_imported_in_one_file() -> None:
-    assert [name for name, path in PRETRAIN.items() if "deepspeed" in rooms(imports(path))] == ["pretrain.engine"]
+    assert [name for name, path in PRETRAIN.items() if "deepspeed" in rooms(imports(path))] == [
+        "pretrain.training.engine"
+    ]
 
 
 def test_importing_the_light_modules_loads_no_trainer() -> None:
@@ -129,15 +131,17 @@ def test_no_cycles_in_pretrain() -> None:
         order += ready
 
 
-@pytest.mark.parametrize("module", ["trainer", "engine", "setup", "checkpoint", "metrics", "health", "memory"])
+@pytest.mark.parametrize("module", [name for name in PRETRAIN if name.startswith("pretrain.training.")])
 def test_the_trainer_names_no_method(module: str) -> None:
-    text = PRETRAIN[f"pretrain.{module}"].read_text().lower()
+    text = PRETRAIN[module].read_text().lower()
     assert [name for name in method_names() if name in text] == []
 
 
 def test_nothing_asks_for_a_methods_class() -> None:
     """The trainer works on `Method`; what differs between methods is the method's own."""
     calls = [
-        node for node in ast.walk(ast.parse(PRETRAIN["pretrain.trainer"].read_text())) if isinstance(node, ast.Call)
+        node
+        for node in ast.walk(ast.parse(PRETRAIN["pretrain.training.trainer"].read_text()))
+        if isinstance(node, ast.Call)
     ]
     assert [ast.unparse(call) for call in calls if ast.unparse(call.func) == "isinstance"] == []

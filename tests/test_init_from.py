@@ -11,11 +11,11 @@ from recipe_checks import build, on_meta, perturb, write_checkpoint
 from torch import Tensor
 
 from pretrain.config import recipe_names
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_json, write_json
-from pretrain.interop.types import InteropError
 from pretrain.method import Method
-from pretrain.weights import initialise
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_json, write_json
+from pretrain.weights.interop.types import InteropError
+from pretrain.weights.read import initialise
 
 # Methods with the shared speech encoder, tiny and of the same shape.
 SHARED = {"hubert": "hubert_tiny", "wav2vec2": "wav2vec2_tiny"}

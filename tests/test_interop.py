@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from small_hubert import KINDS, small_method
 from transformers import HubertConfig, HubertModel
 
-from pretrain.export import ExportConfig, export, write_native
-from pretrain.interop.files import read_huggingface, read_torch, write_safetensors, write_torch
-from pretrain.interop.speech_encoder import parse_conv_layers
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import InteropError
-from pretrain.weights import initialise, load_trained, read_weights
+from pretrain.weights.export import ExportConfig, export, write_native
+from pretrain.weights.interop.files import read_huggingface, read_torch, write_safetensors, write_torch
+from pretrain.weights.interop.speech_encoder import parse_conv_layers
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import InteropError
+from pretrain.weights.read import initialise, load_trained, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

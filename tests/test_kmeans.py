@@ -21,15 +21,15 @@ from transformers import HubertConfig, HubertModel
 from pretrain.data.audio import read_audio
 from pretrain.data.labels import LabelError, LabelSet
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.distributed import World
 from pretrain.features.mfcc import mfcc39
-from pretrain.kmeans.assign import nearest_centroids
-from pretrain.kmeans.features import FeatureError, FeatureSpec, UpstreamFeatures
-from pretrain.kmeans.fit import FitError, FitOptions, fit_centroids, sample_points, sample_rows
-from pretrain.kmeans.generate import LabelData, LabelOptions, ensure_mfcc_labels, generate_labels
-from pretrain.kmeans.model import KMeansError, KMeansModel, make_extractor
-from pretrain.kmeans.stream import StreamError
+from pretrain.labelling.kmeans.assign import nearest_centroids
+from pretrain.labelling.kmeans.features import FeatureError, FeatureSpec, UpstreamFeatures
+from pretrain.labelling.kmeans.fit import FitError, FitOptions, fit_centroids, sample_points, sample_rows
+from pretrain.labelling.kmeans.generate import LabelData, LabelOptions, ensure_mfcc_labels, generate_labels
+from pretrain.labelling.kmeans.model import KMeansError, KMeansModel, make_extractor
+from pretrain.labelling.stream import StreamError
 from pretrain.models.speech_encoder import SpeechEncoder
+from pretrain.training.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTERS = 12
@@ -86,7 +86,7 @@ def test_ties_go_to_the_lowest_index() -> None:
 def test_assignment_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     points, centroids = torch.randn(100, 5), torch.randn(9, 5)
     whole = nearest_centroids(points, centroids)[0]
-    monkeypatch.setattr("pretrain.kmeans.assign.BLOCK_FRAMES", 7)
+    monkeypatch.setattr("pretrain.labelling.kmeans.assign.BLOCK_FRAMES", 7)
     assert torch.equal(nearest_centroids(points, centroids)[0], whole)
 
 
@@ -362,7 +362,9 @@ def test_features_that_the_fit_kept_whole_are_not_computed_again(
 ) -> None:
     """`mfcc_labels` keeps every frame for the fit; here few are, so that all of train is read once more."""
     read: list[str] = []
-    monkeypatch.setattr("pretrain.kmeans.stream.read_audio", lambda path, *a: read.append(path) or read_audio(path, *a))
+    monkeypatch.setattr(
+        "pretrain.labelling.stream.read_audio", lambda path, *a: read.append(path) or read_audio(path, *a)
+    )
     data = LabelData(str(corpus))
     generate_labels(LabelOptions(str(tmp_path / "whole"), data, clusters=CLUSTERS))
     assert len(read) == len(set(read)) == 16

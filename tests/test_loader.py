@@ -15,12 +15,12 @@ from small_run import write_data
 
 from pretrain.config import compose_recipe, typed
 from pretrain.data.audio import AudioError
-from pretrain.data.collate import silent_waveforms
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import MAX_REPLACEMENTS, MicroBatchReader, batches, check_files
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch, Plan, rank_share
 from pretrain.method import Batch, Example
+from pretrain.objectives.collate import silent_waveforms
 from recipes.hubert.method import HubertConfig, HubertMethod
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from pretrain.errors import UserError
-from pretrain.masking import equalise, separate_span_mask, span_mask
+from pretrain.objectives.masking import equalise, separate_span_mask, span_mask
 
 DRAWS = 3000
 # Masked share of a row, mean and standard deviation over rows, of fairseq's function [run]: T, p, min_masks.

@@ -11,9 +11,9 @@ import torch
 from scipy.stats import entropy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.distributed import World
 from pretrain.method import Counts, Ratio
-from pretrain.metrics import Accumulator, Reporter, Throughput
+from pretrain.training.distributed import World
+from pretrain.training.metrics import Accumulator, Reporter, Throughput
 
 
 def ratio(total: float, weight: float) -> Ratio:
@@ -75,7 +75,7 @@ def test_nothing_scored_is_not_a_number(world: World) -> None:
 
 def test_throughput_is_audio_over_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("pretrain.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("pretrain.training.metrics.time.perf_counter", lambda: now)
     throughput = Throughput(torch.device("cpu"), 2)
     throughput.add(30.0, 1e12)
     throughput.add(30.0, 3e12)

@@ -13,8 +13,8 @@ import soundfile
 
 from pretrain.data.audio import read_audio
 from pretrain.data.manifest import Manifest
-from pretrain.data.pack import PackError, pack
-from pretrain.data.scan import PrepareOptions, ScanError, find_audio, prepare, split_rows
+from pretrain.data.prepare.pack import PackError, pack
+from pretrain.data.prepare.scan import PrepareOptions, ScanError, find_audio, prepare, split_rows
 from tests.audio_maker import babble, write_corpus
 from tests.conftest import ROOT
 

@@ -20,11 +20,11 @@ from small_hubert import small_method
 
 from pretrain.config import ConfigError, parse_cli
 from pretrain.data.manifest import write_manifest
-from pretrain.export import write_native
 from pretrain.features.mfcc import mfcc39
-from pretrain.kmeans.features import FeatureSpec
-from pretrain.kmeans.model import KMeansModel, make_extractor
-from pretrain.kmeans.quality import AlignmentError
+from pretrain.labelling.kmeans.features import FeatureSpec
+from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
+from pretrain.labelling.kmeans.quality import AlignmentError
+from pretrain.labelling.tokens.tokenizer import KMeansTokenizer
 from pretrain.probe.alignments import UNLABELLED, frame_centres, match_utterance, read_phones, read_utterance_labels
 from pretrain.probe.classify import fit_and_predict
 from pretrain.probe.collect import BASELINES, PhoneTask, baseline_features, baseline_source, collect, open_split
@@ -32,7 +32,7 @@ from pretrain.probe.options import DataOptions, ProbeOptions, data_dir, output_d
 from pretrain.probe.report import Report, Score, write_report
 from pretrain.probe.run import run_probe
 from pretrain.probe.units import codebook_scores, fitted_unit_score, travelling_unit_score, unit_score
-from pretrain.tokens.tokenizer import KMeansTokenizer
+from pretrain.weights.export import write_native
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "utt\tstart_s\tend_s\tphone\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score
 
-from pretrain.kmeans.quality import AlignmentError, Alignments, QualityCounter, unit_quality
+from pretrain.labelling.kmeans.quality import AlignmentError, Alignments, QualityCounter, unit_quality
 
 HEADER = "utt\tstart_s\tend_s\tphone\n"
 

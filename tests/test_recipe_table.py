@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import CONF_DIR, ROOT, ConfigError
-from pretrain.recipe_table import BEGIN, END, recipes_page, with_short_table
+from pretrain.planning.recipe_table import BEGIN, END, recipes_page, with_short_table
 
 OUTDATED = "run `make table`"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.schedule import SCHEDULES, build_schedule
+from pretrain.training.schedule import SCHEDULES, build_schedule
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "fixtures" / "optim_fairseq.json").read_text())
 RATES: dict[str, dict[str, float]] = OFFICIAL["lr_after_step_update"]

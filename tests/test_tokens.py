@@ -18,13 +18,19 @@ from torch import Tensor
 from pretrain.data.audio import read_audio
 from pretrain.data.labels import LabelError, LabelSet
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.kmeans.features import FeatureSpec
-from pretrain.kmeans.generate import LabelData
-from pretrain.kmeans.model import KMeansModel, make_extractor
-from pretrain.tokens.dictionary import TokenDictionary, code_numbers
-from pretrain.tokens.generate import TokenOptions, describe, ensure_kmeans_tokens, generate_tokens, utterance_codes
-from pretrain.tokens.tokenizer import KMeansTokenizer, build_tokenizer, load_tokenizer, tokenizer_of
-from pretrain.weights import load_encoder
+from pretrain.labelling.kmeans.features import FeatureSpec
+from pretrain.labelling.kmeans.generate import LabelData
+from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
+from pretrain.labelling.tokens.dictionary import TokenDictionary, code_numbers
+from pretrain.labelling.tokens.generate import (
+    TokenOptions,
+    describe,
+    ensure_kmeans_tokens,
+    generate_tokens,
+    utterance_codes,
+)
+from pretrain.labelling.tokens.tokenizer import KMeansTokenizer, build_tokenizer, load_tokenizer, tokenizer_of
+from pretrain.weights.read import load_encoder
 
 GROUPS, ENTRIES = 2, 4
 LENGTHS = {"train": [16_000, 24_001, 30_333], "valid": [20_000, 12_345]}

@@ -15,16 +15,16 @@ import torch
 from small_method import SmallMethod, micro_batch
 from small_run import SMALL, checkpoints, metrics, write_data
 
-from pretrain.checkpoint import CheckpointError
 from pretrain.config import BatchConfig, ConfigError, compose_recipe, run_config
 from pretrain.data.audio import AudioError
 from pretrain.data.plan import MicroBatch
-from pretrain.distributed import World
-from pretrain.health import HopelessRun
-from pretrain.memory import probe_memory
 from pretrain.method import Batch
-from pretrain.setup import build_trainer
-from pretrain.trainer import Trainer
+from pretrain.training.checkpoint import CheckpointError
+from pretrain.training.distributed import World
+from pretrain.training.health import HopelessRun
+from pretrain.training.memory import probe_memory
+from pretrain.training.setup import build_trainer
+from pretrain.training.trainer import Trainer
 
 Build = Callable[..., Trainer]
 
@@ -97,7 +97,7 @@ def test_a_full_disk_does_not_stop_training_but_no_run_ends_unsaved(
 
     def disk_full_after_the_first(last: bool) -> None:
         if trainer.state.update == 2:
-            monkeypatch.setattr("pretrain.checkpoint.save_file", no_space)
+            monkeypatch.setattr("pretrain.training.checkpoint.save_file", no_space)
         real(last)
 
     def no_space(*_: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_full_disk_does_not_stop_training_but_no_run_ends_unsaved(
 
 
 def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.trainer.MIN_ROWS_FOR_BAD_SHARE", 10)
+    monkeypatch.setattr("pretrain.training.trainer.MIN_ROWS_FOR_BAD_SHARE", 10)
     trainer = build("data.max_bad_share=0.2")
     bad = trainer.reader.manifest.path(int(trainer.reader.plan.rows[0]))
     real = trainer.reader._example

@@ -25,9 +25,9 @@ from pretrain.data.transcripts import (
     read_dictionary,
     write_dictionary,
 )
-from pretrain.distributed import World
 from pretrain.method import Example
-from pretrain.setup import build_trainer
+from pretrain.training.distributed import World
+from pretrain.training.setup import build_trainer
 from recipes.hubert.method import HubertCollator, HubertConfig, HubertMethod
 
 TABLE = "utt\tphones\na/x\tb a b\na/y\t\nb/z\tc a\n"
@@ -169,7 +169,7 @@ class Spelling(HubertMethod):
 def test_a_method_gets_transcripts_and_its_symbols_stay_with_the_checkpoint(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.setup.load_method", lambda name: SimpleNamespace(Method=Spelling))
+    monkeypatch.setattr("pretrain.training.setup.load_method", lambda name: SimpleNamespace(Method=Spelling))
     places = [f"output_dir={tmp_path / 'out'}", "name=run", "data.workers=0", "trainer.memory_probe=false"]
     options = [*SMALL[1:], *places]
     with ExitStack() as resources, pytest.raises(ConfigError, match=r"crop\.whole: is false, but this recipe"):

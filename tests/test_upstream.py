@@ -20,11 +20,11 @@ from small_hubert import KINDS, batch, small_method
 from transformers import AutoFeatureExtractor, HubertModel
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export, write_native
-from pretrain.interop.types import InteropError
-from pretrain.kmeans.features import FeatureSpec
-from pretrain.kmeans.model import KMeansModel, make_extractor
+from pretrain.labelling.kmeans.features import FeatureSpec
+from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
 from pretrain.models.speech_encoder import normalize_waveforms
+from pretrain.weights.export import ExportConfig, export, write_native
+from pretrain.weights.interop.types import InteropError
 
 ROOT = Path(__file__).resolve().parent.parent
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
 
-from pretrain import checkpoint
-from pretrain.distributed import World, all_agree, from_main, join_world
-from pretrain.engine import Engine
 from pretrain.method import Batch, Example, Progress
 from pretrain.models.batch_norm import settle_statistics
+from pretrain.training import checkpoint
+from pretrain.training.distributed import World, all_agree, from_main, join_world
+from pretrain.training.engine import Engine
 
 STAGES = (0, 1, 2, 3)
 # (stage that wrote, stage that reads)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
 from pretrain.errors import UserError
-from pretrain.export import ExportConfig, export
+from pretrain.weights.export import ExportConfig, export
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pretrain.config import parse_cli
 from pretrain.errors import UserError
-from pretrain.kmeans.generate import LabelOptions, describe, generate_labels
+from pretrain.labelling.kmeans.generate import LabelOptions, describe, generate_labels
 
 
 def main() -> None:

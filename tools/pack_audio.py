@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
 from pretrain.data.manifest import Manifest
-from pretrain.data.pack import pack
+from pretrain.data.prepare.pack import pack
 from pretrain.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_cli
-from pretrain.data.scan import PrepareOptions, describe, prepare
+from pretrain.data.prepare.scan import PrepareOptions, describe, prepare
 from pretrain.errors import UserError
 
 

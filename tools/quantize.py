@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pretrain.config import parse_cli
 from pretrain.errors import UserError
-from pretrain.tokens.generate import TokenOptions, describe, generate_tokens
+from pretrain.labelling.tokens.generate import TokenOptions, describe, generate_tokens
 
 
 def main() -> None:

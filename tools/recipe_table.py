@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import ROOT
-from pretrain.recipe_table import recipes_page, with_short_table
+from pretrain.planning.recipe_table import recipes_page, with_short_table
 
 
 def main() -> None:

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from pretrain.bench.timing import Row, add_ratios, cost_of, environment, in_fresh_process, peak_resident_gb
 from pretrain.config import ConfigError, resolve_data_dir
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.kmeans.assign import nearest_centroids
-from pretrain.kmeans.features import SAMPLE_RATE, FeatureExtractor, FeatureSpec
-from pretrain.kmeans.fit import FitOptions, fit_centroids
-from pretrain.kmeans.generate import LabelData, LabelOptions, generate_labels
-from pretrain.kmeans.model import make_extractor
-from pretrain.kmeans.quality import Alignments, QualityCounter
-from pretrain.kmeans.stream import WaveformStream
+from pretrain.labelling.kmeans.assign import nearest_centroids
+from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor, FeatureSpec
+from pretrain.labelling.kmeans.fit import FitOptions, fit_centroids
+from pretrain.labelling.kmeans.generate import LabelData, LabelOptions, generate_labels
+from pretrain.labelling.kmeans.model import make_extractor
+from pretrain.labelling.kmeans.quality import Alignments, QualityCounter
+from pretrain.labelling.stream import WaveformStream
 from pretrain.upstream import Upstream
 
 PEER = "dump, then scikit-learn"

@@ -13,9 +13,9 @@ import torch
 from pretrain.bench.step import StepOptions, Subject, make_batch
 from pretrain.bench.timing import environment, in_fresh_process
 from pretrain.config import ConfigError
-from pretrain.footprint import LiveBytes, measure
 from pretrain.method import Batch, Method
-from pretrain.precision import DTYPES, autocast
+from pretrain.planning.footprint import LiveBytes, measure
+from pretrain.training.precision import DTYPES, autocast
 
 NOTE = (
     "Forward and backward beside weights, gradients and the batch, in GB. `estimate` is the dry run's, on tensors "

@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.bench.turns import Training, serve
 from pretrain.config import compose_recipe, run_config
-from pretrain.setup import build_trainer
+from pretrain.training.setup import build_trainer
 
 
 def start(job: dict[str, Any]) -> Training:

@@ -16,8 +16,8 @@ from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_p
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_peers
-from pretrain.metrics import peak_flops, peak_memory_gb
-from pretrain.precision import DTYPES, autocast
+from pretrain.training.metrics import peak_flops, peak_memory_gb
+from pretrain.training.precision import DTYPES, autocast
 
 OURS = "headwater"
 LABEL_RATE_HZ = 50

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import ConfigError, CorpusConfig, DataConfig, resolve_data_dir
-from pretrain.data.groups import speaker_groups
 from pretrain.data.joined import JoinedLabels, JoinedManifest, JoinedRows, first_rows
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import Split, check_files
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix
+from pretrain.data.speakers import speaker_groups
 from pretrain.data.transcripts import (
     NoTranscripts,
     TranscriptError,
@@ -225,7 +225,9 @@ def _sample_labels(parts: list[Part], source: LabelSource, output_dir: Path) -> 
 
 def _mfcc_source(clusters: int) -> LabelSource:
     def make(data_dir: Path, output_dir: Path) -> Path:
-        from pretrain.kmeans.generate import ensure_mfcc_labels  # k-means libraries only where labels are made
+        from pretrain.labelling.kmeans.generate import (
+            ensure_mfcc_labels,  # k-means libraries only where labels are made
+        )
 
         return ensure_mfcc_labels(data_dir, output_dir / f"sample_mfcc{clusters}", clusters)
 

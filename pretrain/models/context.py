@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.activation_checkpointing import call
 from pretrain.models.conformer import ConformerLayer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.positions import ConvPositions, relative_positions, rotary_positions
-from pretrain.models.recompute import call
 from pretrain.models.transformer import TransformerLayer
 
 

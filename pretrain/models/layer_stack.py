@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pretrain.method import Encoder
-from pretrain.models.recompute import call
-from pretrain.models.regions import compile_in_place
+from pretrain.models.activation_checkpointing import call
+from pretrain.models.compiled_layers import compile_in_place
 
 E = TypeVar("E", bound=Encoder)
 

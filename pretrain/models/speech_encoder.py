@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from pretrain.method import Encoder
 from pretrain.models import conv_features
+from pretrain.models.activation_checkpointing import call
+from pretrain.models.compiled_layers import compile_in_place
 from pretrain.models.context import ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.layer_stack import with_layers
-from pretrain.models.recompute import call
-from pretrain.models.regions import compile_in_place
 from pretrain.models.speech_config import SpeechEncoderConfig
 
 

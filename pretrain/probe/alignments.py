@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.kmeans.quality import AlignmentError, Alignments
+from pretrain.labelling.kmeans.quality import AlignmentError, Alignments
 
 UNLABELLED = -1
 PHONE_COLUMNS = ("utt", "start_s", "end_s", "phone")

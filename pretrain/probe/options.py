@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from pretrain.config import SAMPLE_DIR, ConfigError, resolve_data_dir
-from pretrain.kmeans.quality import SILENCES, UNKNOWN
+from pretrain.labelling.kmeans.quality import SILENCES, UNKNOWN
 
 TASKS = ("phone", "utterance")
 

@@ -10,7 +10,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.errors import UserError
-from pretrain.kmeans.quality import WINDOW_SAMPLES, unit_quality
+from pretrain.labelling.kmeans.quality import WINDOW_SAMPLES, unit_quality
 from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import Layer, PhoneTask, Split
 from pretrain.probe.report import UnitScore

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pretrain.bench.pipeline import S3prlTraining
 from pretrain.config import ConfigError
-from pretrain.interop.s3prl_fbank import audio_of, vq_of
 from pretrain.method import Batch
+from pretrain.weights.interop.s3prl_fbank import audio_of, vq_of
 from recipes.apc.interop import SHAPE
 from recipes.apc.method import ApcConfig
 

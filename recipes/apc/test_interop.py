@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import initialise
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise
 from recipes.apc import interop
 
 SMALL = ("method.encoder.hidden_size=24", "method.encoder.dropout=0.3")

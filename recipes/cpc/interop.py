@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 
 # (kernel, stride, padding) of CPCEncoder; s3prl builds no other stack.
 CONV_SHAPES = [(10, 5, 3), (8, 4, 2), (4, 2, 1), (4, 2, 1), (4, 2, 1)]

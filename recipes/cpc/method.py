@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, nearest
-from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import contrastive_loss
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import linear
+from pretrain.objectives.collate import stack_waveforms
 from recipes.cpc.encoder import CpcEncoder, CpcEncoderConfig
 from recipes.cpc.figures import prediction_figure
 from recipes.cpc.transformer import CausalLayers

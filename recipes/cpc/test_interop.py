@@ -20,10 +20,10 @@ from recipe_checks import (
 from s3prl.nn import S3PRLUpstream
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_torch
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import initialise
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_torch
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise
 from recipes.cpc import interop
 from recipes.cpc.method import CpcMethod
 from recipes.cpc.test_cpc import official_checkpoint

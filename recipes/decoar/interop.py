@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.one_size import require_size, state_of_size
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, TrainedMethod
+from pretrain.weights.interop.fixed_size import require_size, state_of_size
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import Imported, TrainedMethod
 
 LSTM_NAMES = ("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l")
 TABLE = KeyTable(

@@ -13,8 +13,8 @@ from s3prl.nn import S3PRLUpstream
 from torch import Tensor
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError, TrainedMethod
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.types import InteropError, TrainedMethod
 from recipes.decoar import interop
 
 

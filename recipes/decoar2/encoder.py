@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pretrain.config import typed
 from pretrain.features.front_end import FrontEndConfig
+from pretrain.models.compiled_layers import compile_in_place
 from pretrain.models.context import ContextNetwork
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.layer_stack import with_layers
 from pretrain.models.predictive_encoder import PredictiveEncoder
-from pretrain.models.regions import compile_in_place
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.interop.one_size import require_size, state_of_size
-from pretrain.interop.speech_encoder import fuse_qkv, split_qkv
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, TrainedMethod
+from pretrain.weights.interop.fixed_size import require_size, state_of_size
+from pretrain.weights.interop.speech_encoder import fuse_qkv, split_qkv
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import Imported, TrainedMethod
 from recipes.decoar2.encoder import Decoar2Encoder
 
 _LAYER = "encoder.layers.{i}."

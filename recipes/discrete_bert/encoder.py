@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.labelling.tokens.dictionary import code_numbers
+from pretrain.labelling.tokens.tokenizer import build_tokenizer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.transformer import TransformerLayer
-from pretrain.tokens.dictionary import code_numbers
-from pretrain.tokens.tokenizer import build_tokenizer
 
 # fairseq's Dictionary begins with these; the pairs of codes follow, and <mask> is last.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
@@ -27,7 +27,7 @@ INIT_STD = 0.02
 
 @dataclass
 class TokenizerConfig:
-    """What `pretrain.tokens.tokenizer.build_tokenizer` takes: the quantizer's method, or "kmeans", and its encoder."""
+    """What `tokenizer.build_tokenizer` takes: the quantizer's method, or "kmeans", and its encoder."""
 
     method: str
     encoder: dict[str, Any]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.speech_encoder import split_qkv
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import InteropError, NamedFiles, TrainedMethod
-from pretrain.tokens.dictionary import code_symbols
-from pretrain.tokens.tokenizer import build_tokenizer
-from pretrain.weights import interop_of
+from pretrain.labelling.tokens.dictionary import code_symbols
+from pretrain.labelling.tokens.tokenizer import build_tokenizer
+from pretrain.weights.interop.speech_encoder import split_qkv
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import InteropError, NamedFiles, TrainedMethod
+from pretrain.weights.read import interop_of
 from recipes.discrete_bert.encoder import SPECIALS, UNK, TokenizerConfig
 
 _LAYER = "layers.{i}."

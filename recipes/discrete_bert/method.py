@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.data.collate import silent_waveforms
 from pretrain.data.labels import LabelError
+from pretrain.labelling.tokens.dictionary import TokenDictionary
+from pretrain.labelling.tokens.tokenizer import build_tokenizer, load_tokenizer, tokenizer_of
 from pretrain.losses.masked_prediction import class_histogram, prediction_loss
 from pretrain.method import Batch, Counts, Example, LabelInfo, LabelSource, Method, Ratio, StepOutput
 from pretrain.models.kernels import LayerNorm, Linear, linear
-from pretrain.tokens.dictionary import TokenDictionary
-from pretrain.tokens.tokenizer import build_tokenizer, load_tokenizer, tokenizer_of
+from pretrain.objectives.collate import silent_waveforms
 from recipes.discrete_bert.encoder import (
     BOS,
     EOS,
@@ -179,7 +179,9 @@ class DiscreteBertMethod(Method):
         """tools/quantize.py; on the sample, k-means on MFCC takes the quantizer's place."""
 
         def make(data_dir: Path, output_dir: Path) -> Path:
-            from pretrain.tokens.generate import ensure_kmeans_tokens  # readers of audio only where tokens are made
+            from pretrain.labelling.tokens.generate import (
+                ensure_kmeans_tokens,  # readers of audio only where tokens are made
+            )
 
             clusters = min(MFCC_CLUSTERS, config.encoder.vocab_size - SPECIALS - 1)
             return ensure_kmeans_tokens(data_dir, output_dir, clusters)

@@ -6,7 +6,7 @@ import torch
 from recipe_checks import build, perturb
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from pretrain.interop.speech_encoder import split_qkv
+from pretrain.weights.interop.speech_encoder import split_qkv
 from recipes.discrete_bert.encoder import PAD, UNK
 from recipes.discrete_bert.method import DiscreteBertMethod
 

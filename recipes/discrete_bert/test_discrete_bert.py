@@ -14,12 +14,12 @@ from recipe_checks import count, hidden_states, on_meta, train_recipe, two_wavef
 from torch import Tensor
 
 from pretrain.config import ConfigError, compose_recipe
-from pretrain.data.collate import silent_waveforms
 from pretrain.data.labels import LabelError
-from pretrain.export import write_native
-from pretrain.interop.types import TrainedMethod
+from pretrain.labelling.tokens.dictionary import TokenDictionary
 from pretrain.method import Batch, Example, LabelInfo, LabelSource
-from pretrain.tokens.dictionary import TokenDictionary
+from pretrain.objectives.collate import silent_waveforms
+from pretrain.weights.export import write_native
+from pretrain.weights.interop.types import TrainedMethod
 from recipes.discrete_bert import interop
 from recipes.discrete_bert.encoder import BOS, EOS, PAD, SPECIALS, UNK
 from recipes.discrete_bert.masking import TokenMask

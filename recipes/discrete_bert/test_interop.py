@@ -13,10 +13,10 @@ from s3prl.nn import S3PRLUpstream
 from s3prl.util import download
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_torch, write_torch
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import load_encoder
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_torch, write_torch
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import load_encoder
 from recipes.discrete_bert import interop
 from recipes.discrete_bert.peers import small
 

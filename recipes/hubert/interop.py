@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.interop import speech_encoder
-from pretrain.interop.layouts import fairseq_parts, huggingface_preprocessor
-from pretrain.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
+from pretrain.weights.interop import speech_encoder
+from pretrain.weights.interop.fairseq_layout import fairseq_parts, huggingface_preprocessor
+from pretrain.weights.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
 
 HF_MODEL_TYPES = ("hubert",)
 HEAD_KEYS = ("final_proj.weight", "final_proj.bias", "label_embs_concat")

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.data.collate import frame_labels, stack_waveforms
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
-from pretrain.masking import equal_span_masks
 from pretrain.method import Batch, Counts, Example, LabelInfo, Method, Progress, Ratio, StepOutput
 from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from pretrain.objectives.collate import frame_labels, stack_waveforms
+from pretrain.objectives.masking import equal_span_masks
 from recipes.hubert.figures import unit_figure
 
 # fairseq's Dictionary puts <s>, <pad>, </s> and <unk> before the clusters: never targets, yet rows of the softmax.

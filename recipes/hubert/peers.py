@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.interop.speech_encoder import config_to_fairseq, config_to_huggingface
 from pretrain.losses.masked_prediction import cosine_logits
 from pretrain.method import Batch
+from pretrain.weights.interop.speech_encoder import config_to_fairseq, config_to_huggingface
 from recipes.hubert.method import DICTIONARY_SPECIALS, HubertConfig
 
 

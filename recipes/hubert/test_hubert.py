@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.config import compose_recipe, typed
-from pretrain.data.collate import frame_labels
-from pretrain.interop.speech_encoder import state_to_fairseq
 from pretrain.losses.masked_prediction import prediction_loss
 from pretrain.method import Batch, Example, StepOutput
+from pretrain.objectives.collate import frame_labels
+from pretrain.weights.interop.speech_encoder import state_to_fairseq
 from recipes.hubert import interop
 from recipes.hubert.method import DICTIONARY_SPECIALS, HubertConfig, HubertMethod, make_batch
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import HubertConfig as TheirConfig
 from transformers import HubertForCTC, HubertModel
 
-from pretrain.interop.files import read_huggingface, write_huggingface
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
 from pretrain.models.speech_encoder import SpeechEncoder
+from pretrain.weights.interop.files import read_huggingface, write_huggingface
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 from recipes.hubert import interop
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.interop.speech_encoder import fuse_qkv, split_qkv
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.weights.interop.speech_encoder import fuse_qkv, split_qkv
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 from recipes.mockingjay.encoder import LAYER_NORM_EPS
 
 _LAYER, _THEIRS = "layers.{i}.", "encoder.layer.{i}."

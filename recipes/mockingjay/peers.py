@@ -14,11 +14,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from pretrain.alterations import alter, band_mask
 from pretrain.bench.pipeline import S3prlTraining
 from pretrain.config import ConfigError
 from pretrain.method import Batch
 from pretrain.models.positions import SinusoidalPositions
+from pretrain.objectives.alterations import alter, band_mask
 from recipes.mockingjay.interop import audio_config, task_config, transformer_config
 from recipes.mockingjay.method import MockingjayConfig
 

@@ -17,10 +17,10 @@ from s3prl.nn import S3PRLUpstream
 from s3prl.upstream.mockingjay.model import TransformerConfig, TransformerModel, TransformerSpecPredictionHead
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_torch
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import initialise
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_torch
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise
 from recipes.mockingjay import interop
 
 FBANK = "method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}"

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import ConfigError, typed
-from pretrain.figures import band_errors
-from pretrain.interop.speech_encoder import split_qkv
 from pretrain.method import Batch, Example, StepOutput
+from pretrain.objectives.figures import band_errors
 from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import upstream_source
+from pretrain.weights.interop.speech_encoder import split_qkv
 from recipes.mockingjay import interop
 from recipes.mockingjay.method import MockingjayConfig, MockingjayMethod
 from recipes.mockingjay.peers import PEERS

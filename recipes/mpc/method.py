@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.alterations import chunk_mask, last_visible
 from pretrain.config import ConfigError
-from pretrain.data.collate import stack_waveforms
 from pretrain.features.front_end import FeatureFrames
-from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
+from pretrain.objectives.alterations import chunk_mask, last_visible
+from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from recipes.mpc.encoder import SUBSAMPLING, MpcEncoder, MpcEncoderConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.s3prl_fbank import (
+from pretrain.weights.interop.s3prl_fbank import (
     QUANTIZER_KEYS,
     checkpoint_of,
     front_end_of,
@@ -20,8 +20,8 @@ from pretrain.interop.s3prl_fbank import (
     turn_codebooks,
     vq_of,
 )
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 
 HEAD_KEYS = ("postnet.weight", "postnet.bias")
 SHAPE = ("hidden_size", "n_blocks", "kernel_size", "mask_size", "dropout", "residual")

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.data.collate import stack_waveforms
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FeatureFrames
-from pretrain.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
 from pretrain.models.batch_norm import settle_statistics
 from pretrain.models.kernels import Linear
+from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from recipes.npc.encoder import NpcEncoder, NpcEncoderConfig
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.bench.pipeline import S3prlTraining
-from pretrain.interop.s3prl_fbank import audio_of, vq_of
 from pretrain.method import Batch
+from pretrain.weights.interop.s3prl_fbank import audio_of, vq_of
 from recipes.npc.interop import FIXED, SHAPE
 from recipes.npc.method import NpcConfig
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError, TrainedMethod
 from pretrain.models.batch_norm import settle_statistics
-from pretrain.weights import initialise
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise
 from recipes.npc import interop
 from recipes.npc.encoder import NpcEncoder
 

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import ConfigError, typed
 from pretrain.features.cmvn import valid_mask
-from pretrain.interop.types import TrainedMethod
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Progress
+from pretrain.weights.interop.types import TrainedMethod
 from recipes.npc import interop
 from recipes.npc.method import NpcConfig, NpcMethod
 from recipes.npc.peers import S3prlNpc

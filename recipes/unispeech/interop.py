@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop import speech_encoder
-from pretrain.interop.layouts import fairseq_parts, huggingface_preprocessor
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
+from pretrain.weights.interop import speech_encoder
+from pretrain.weights.interop.fairseq_layout import fairseq_parts, huggingface_preprocessor
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
 
 HF_MODEL_TYPES = ("unispeech",)
 HF_HEAD_KEYS = KeyTable(

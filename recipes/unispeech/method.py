@@ -19,7 +19,7 @@ from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, dr
 from pretrain.method import Batch, Counts, Example, Ratio, StepOutput
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
-from pretrain.models.quantized_targets import (
+from pretrain.objectives.quantized_targets import (
     MaskingCollator,
     QuantizedTargetsConfig,
     QuantizedTargetsMethod,

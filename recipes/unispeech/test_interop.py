@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import compose_recipe, typed
-from pretrain.export import ExportConfig, export
-from pretrain.interop.types import InteropError
-from pretrain.weights import initialise, load_trained, read_weights
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.types import InteropError
+from pretrain.weights.read import initialise, load_trained, read_weights
 from recipes.unispeech import interop
 from recipes.unispeech.method import UniSpeechConfig, UniSpeechMethod
 

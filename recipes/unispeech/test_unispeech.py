@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import UniSpeechForPreTraining
 
 from pretrain.config import ConfigError, compose_recipe, typed
-from pretrain.interop.files import write_huggingface
-from pretrain.interop.types import TrainedMethod
 from pretrain.method import Batch, Example, StepOutput
 from pretrain.quantizers import gumbel
+from pretrain.weights.interop.files import write_huggingface
+from pretrain.weights.interop.types import TrainedMethod
 from recipes.unispeech import ctc, interop
 from recipes.unispeech.method import UniSpeechConfig, UniSpeechMethod
 

@@ -17,8 +17,8 @@ from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.method import Encoder
 from pretrain.models import conv_features
+from pretrain.models.compiled_layers import compile_in_place
 from pretrain.models.conv_features import Conv1d, convolve_and_normalize
-from pretrain.models.regions import compile_in_place
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.interop.speech_encoder import parse_conv_layers
-from pretrain.interop.tables import KeyTable
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.weights.interop.speech_encoder import parse_conv_layers
+from pretrain.weights.interop.tables import KeyTable
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 
 HEAD_KEYS = ("wav2vec_predictions.project_to_steps.weight", "wav2vec_predictions.project_to_steps.bias")
 FAIRSEQ_KEYS = KeyTable(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ConfigError
-from pretrain.data.collate import stack_waveforms
 from pretrain.losses.contrastive import draw_negatives
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
 from pretrain.models.conv_features import ConvFrames, receptive_field_samples, stride_samples
 from pretrain.models.conv_features import frames as count_frames
+from pretrain.objectives.collate import stack_waveforms
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 from recipes.wav2vec.encoder import Wav2VecEncoder, Wav2VecEncoderConfig
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer

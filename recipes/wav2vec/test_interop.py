@@ -12,10 +12,10 @@ from recipe_checks import assert_same_states, perturb, two_waveforms, write_chec
 from s3prl.nn import S3PRLUpstream
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_torch
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import initialise, load_encoder
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_torch
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise, load_encoder
 from recipes.wav2vec import interop
 from recipes.wav2vec.test_wav2vec import small
 

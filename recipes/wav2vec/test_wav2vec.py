@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.errors import UserError
-from pretrain.interop.types import TrainedMethod
 from pretrain.method import Batch, Example, Progress, StepOutput
+from pretrain.weights.interop.types import TrainedMethod
 from recipes.wav2vec.interop import FAIRSEQ_KEYS, to_s3prl
 from recipes.wav2vec.loss import step_hits
 from recipes.wav2vec.method import Wav2VecConfig, Wav2VecMethod

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.interop.speech_encoder import config_to_fairseq, config_to_huggingface
 from pretrain.method import Batch
+from pretrain.weights.interop.speech_encoder import config_to_fairseq, config_to_huggingface
 from recipes.wav2vec2.method import Wav2Vec2Config
 
 

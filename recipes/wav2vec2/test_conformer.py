@@ -23,10 +23,10 @@ from transformers import AutoModelForPreTraining
 from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as theirs
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_huggingface, read_torch
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.quantizers import gumbel
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_huggingface, read_torch
 from recipes.wav2vec2 import interop
 from recipes.wav2vec2.method import Wav2Vec2Method
 from recipes.wav2vec2.test_wav2vec2 import example, trained, transformers_loss, with_noise

@@ -24,10 +24,10 @@ from s3prl.nn import S3PRLUpstream
 from torch import Tensor
 
 from pretrain import Upstream
-from pretrain.export import ExportConfig, export
-from pretrain.interop.files import read_huggingface, write_huggingface
-from pretrain.interop.types import InteropError, TrainedMethod
-from pretrain.weights import initialise, read_weights
+from pretrain.weights.export import ExportConfig, export
+from pretrain.weights.interop.files import read_huggingface, write_huggingface
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from pretrain.weights.read import initialise, read_weights
 from recipes.wav2vec2 import interop
 
 FIXTURES = Path(__file__).parent / "fixtures"

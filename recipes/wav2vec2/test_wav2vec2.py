@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers.models.wav2vec2 import modeling_wav2vec2 as theirs
 
 from pretrain.config import ConfigError, compose_recipe, typed
-from pretrain.interop.speech_encoder import state_to_fairseq
-from pretrain.interop.types import TrainedMethod
 from pretrain.method import Batch, Example, Progress
 from pretrain.quantizers import gumbel
+from pretrain.weights.interop.speech_encoder import state_to_fairseq
+from pretrain.weights.interop.types import TrainedMethod
 from recipes.wav2vec2 import interop
 from recipes.wav2vec2.method import Wav2Vec2Config, Wav2Vec2Method, make_batch
 from recipes.wav2vec2.peers import TransformersWav2Vec2

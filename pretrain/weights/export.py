@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import nearest
-from pretrain.download import file_sha256
-from pretrain.interop.files import (
+from pretrain.method import Encoder, load_interop, load_method
+from pretrain.weights.download import file_sha256
+from pretrain.weights.interop.files import (
     new_directory,
     write_huggingface,
     write_json,
@@ -17,9 +18,8 @@ from pretrain.interop.files import (
     write_safetensors,
     write_torch,
 )
-from pretrain.interop.types import InteropError, NamedFiles, TrainedMethod
-from pretrain.method import Encoder, load_interop, load_method
-from pretrain.weights import NATIVE_FORMAT, NATIVE_VERSION, interop_of, load_strictly, load_trained
+from pretrain.weights.interop.types import InteropError, NamedFiles, TrainedMethod
+from pretrain.weights.read import NATIVE_FORMAT, NATIVE_VERSION, interop_of, load_strictly, load_trained
 
 # Format -> the function of a method's interop module that makes it.
 _FOREIGN_FORMATS = {"s3prl": "to_s3prl", "huggingface": "to_huggingface"}

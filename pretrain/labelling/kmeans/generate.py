@@ -20,15 +20,21 @@ from pretrain.config import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
-from pretrain.export import find_kmeans
-from pretrain.kmeans.assign import nearest_centroids
-from pretrain.kmeans.features import MAX_CHUNK_SECONDS, SAMPLE_RATE, FeatureError, FeatureExtractor, FeatureSpec
-from pretrain.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
-from pretrain.kmeans.model import KMeansModel, make_extractor
-from pretrain.kmeans.quality import Alignments, QualityCounter
-from pretrain.kmeans.ranks import Ranks
-from pretrain.kmeans.stream import WaveformStream, check_problems
+from pretrain.labelling.kmeans.assign import nearest_centroids
+from pretrain.labelling.kmeans.features import (
+    MAX_CHUNK_SECONDS,
+    SAMPLE_RATE,
+    FeatureError,
+    FeatureExtractor,
+    FeatureSpec,
+)
+from pretrain.labelling.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
+from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
+from pretrain.labelling.kmeans.quality import Alignments, QualityCounter
+from pretrain.labelling.ranks import Ranks
+from pretrain.labelling.stream import WaveformStream, check_problems
 from pretrain.upstream import Upstream
+from pretrain.weights.export import find_kmeans
 
 SPLITS = ("train", "valid")
 

@@ -12,13 +12,13 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
-from pretrain.interop.files import (
+from pretrain.weights.interop.files import (
     HUGGINGFACE_WEIGHTS,
     new_directory,
     read_json,
     shard_names,
 )
-from pretrain.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError
 
 _TIMEOUT_SECONDS = 60
 

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.data.audio import SAMPLE_RATE, AudioError
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
-from pretrain.distributed import World
-from pretrain.engine import Engine
-from pretrain.export import ExportConfig, export
-from pretrain.health import HealthMonitor, HopelessRun
 from pretrain.method import Batch, Progress
-from pretrain.metrics import Accumulator, Reporter, Throughput, short
 from pretrain.models.batch_norm import settle_statistics
-from pretrain.profiling import UpdateProfiler
-from pretrain.schedule import Schedule
+from pretrain.training import checkpoint
+from pretrain.training.distributed import World
+from pretrain.training.engine import Engine
+from pretrain.training.health import HealthMonitor, HopelessRun
+from pretrain.training.metrics import Accumulator, Reporter, Throughput, short
+from pretrain.training.profiling import UpdateProfiler
+from pretrain.training.schedule import Schedule
+from pretrain.weights.export import ExportConfig, export
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command goes on
 MIN_ROWS_FOR_BAD_SHARE = 200

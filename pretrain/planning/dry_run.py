@@ -13,13 +13,13 @@ from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import planned_reader
 from pretrain.data.plan import Plan
-from pretrain.footprint import Footprint, measure
-from pretrain.memory import StateBytes, state_bytes
 from pretrain.method import Batch, Example, Method, load_method
-from pretrain.metrics import PEAK_FLOPS
-from pretrain.precision import DTYPES, resolve_precision
-from pretrain.schedule import build_schedule
-from pretrain.setup import open_run
+from pretrain.planning.footprint import Footprint, measure
+from pretrain.training.memory import StateBytes, state_bytes
+from pretrain.training.metrics import PEAK_FLOPS
+from pretrain.training.precision import DTYPES, resolve_precision
+from pretrain.training.schedule import build_schedule
+from pretrain.training.setup import open_run
 
 SHARE_OF_PEAK = 0.4
 PLANNED_CARDS = ("A100", "H100")

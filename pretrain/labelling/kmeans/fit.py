@@ -13,7 +13,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.kmeans.features import SAMPLE_RATE, FeatureExtractor
+from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor
 
 BACKENDS = ("faiss", "sklearn")
 FAISS_ITERATIONS = 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError
 
 
 def fairseq_parts(

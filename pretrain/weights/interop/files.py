@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.interop.types import HuggingFaceModel, InteropError, NamedFiles
+from pretrain.weights.interop.types import HuggingFaceModel, InteropError, NamedFiles
 
 # One file, or the index of several; safetensors first, where a directory holds both.
 HUGGINGFACE_WEIGHTS = (

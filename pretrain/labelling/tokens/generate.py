@@ -24,9 +24,7 @@ from pretrain.config import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.labels import SAMPLE_RATE, LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
-from pretrain.export import find_kmeans, write_native
-from pretrain.interop.files import read_json, read_safetensors
-from pretrain.kmeans.generate import (
+from pretrain.labelling.kmeans.generate import (
     LabelData,
     ensure_mfcc_labels,
     labels_fit,
@@ -34,12 +32,11 @@ from pretrain.kmeans.generate import (
     take_place,
     work_directory,
 )
-from pretrain.kmeans.model import KMeansModel
-from pretrain.kmeans.ranks import Ranks
-from pretrain.kmeans.stream import WaveformStream, check_problems
-from pretrain.method import load_method
-from pretrain.tokens.dictionary import UNKNOWN_CLASS, TokenDictionary, code_numbers
-from pretrain.tokens.tokenizer import (
+from pretrain.labelling.kmeans.model import KMeansModel
+from pretrain.labelling.ranks import Ranks
+from pretrain.labelling.stream import WaveformStream, check_problems
+from pretrain.labelling.tokens.dictionary import UNKNOWN_CLASS, TokenDictionary, code_numbers
+from pretrain.labelling.tokens.tokenizer import (
     FOLDER,
     KMEANS,
     KMeansTokenizer,
@@ -48,7 +45,10 @@ from pretrain.tokens.tokenizer import (
     load_tokenizer,
     tokenizer_of,
 )
-from pretrain.weights import load_strictly, read_weights
+from pretrain.method import load_method
+from pretrain.weights.export import find_kmeans, write_native
+from pretrain.weights.interop.files import read_json, read_safetensors
+from pretrain.weights.read import load_strictly, read_weights
 
 MAX_SAMPLES = 1_300_000  # of a piece that is encoded at once, as in fairseq's featurizer
 MAX_COMBINATIONS = 2**24  # a table of them is kept

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.tables import KeyTable
 from pretrain.models.positions import rotary_rates
+from pretrain.weights.interop.tables import KeyTable
 
 _LAYER = "encoder.layers.{j}."
 

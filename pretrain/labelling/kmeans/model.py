@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.export import write_native
-from pretrain.interop.files import write_safetensors
-from pretrain.kmeans.assign import nearest_centroids
-from pretrain.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
+from pretrain.labelling.kmeans.assign import nearest_centroids
+from pretrain.labelling.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
 from pretrain.method import Encoder
-from pretrain.weights import load_encoder
+from pretrain.weights.export import write_native
+from pretrain.weights.interop.files import write_safetensors
+from pretrain.weights.read import load_encoder
 
 FORMAT, VERSION = "headwater-kmeans", 1
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError
 
 # Extraction options that name what our front end does anyway; any other value cannot be expressed.
 FIXED_AUDIO = {"feat_type": "fbank", "frame_length": 25, "frame_shift": 10, "decode_wav": False}

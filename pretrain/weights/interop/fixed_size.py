@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError
 
 
 def state_of_size(checkpoint: Mapping[str, Any], title: str, key: str, shape: tuple[int, ...]) -> Mapping[str, Tensor]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.labels import LabelError
-from pretrain.interop.files import read_json, read_safetensors
-from pretrain.kmeans.assign import nearest_centroids
-from pretrain.kmeans.features import SAMPLE_RATE, FeatureSpec, SpectralFeatures
-from pretrain.kmeans.model import KMeansModel
+from pretrain.labelling.kmeans.assign import nearest_centroids
+from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureSpec, SpectralFeatures
+from pretrain.labelling.kmeans.model import KMeansModel
 from pretrain.method import load_method
-from pretrain.weights import load_strictly
+from pretrain.weights.interop.files import read_json, read_safetensors
+from pretrain.weights.read import load_strictly
 
 KMEANS = "kmeans"  # in the place of a method's name
 WINDOW_SAMPLES = 400  # of MFCC and log-mel

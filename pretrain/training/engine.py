@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, OptimizerConfig
 from pretrain.method import Batch, Method, StepOutput
-from pretrain.precision import DTYPES
+from pretrain.training.precision import DTYPES
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.config import save_yaml
-from pretrain.distributed import World, all_agree, from_main
 from pretrain.errors import UserError
-from pretrain.interop.files import give_default_mode
+from pretrain.training.distributed import World, all_agree, from_main
+from pretrain.weights.interop.files import give_default_mode
 
 if TYPE_CHECKING:  # readers of checkpoints need no deepspeed
-    from pretrain.engine import Engine
+    from pretrain.training.engine import Engine
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 COMPLETE = "complete.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pretrain.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError
 
 _WILDCARDS = re.compile(r"\\\{(\w+)\\\}|\\\*")
 

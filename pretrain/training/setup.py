@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint
 from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.transcripts import write_dictionary
-from pretrain.distributed import join_world, share_cores
-from pretrain.engine import Engine
-from pretrain.memory import probe_memory
 from pretrain.method import Method, load_method
-from pretrain.precision import checked_precision, resolve_precision
-from pretrain.schedule import build_schedule
-from pretrain.trainer import Trainer
-from pretrain.weights import initialise
+from pretrain.training import checkpoint
+from pretrain.training.distributed import join_world, share_cores
+from pretrain.training.engine import Engine
+from pretrain.training.memory import probe_memory
+from pretrain.training.precision import checked_precision, resolve_precision
+from pretrain.training.schedule import build_schedule
+from pretrain.training.trainer import Trainer
+from pretrain.weights.read import initialise
 
 
 def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:

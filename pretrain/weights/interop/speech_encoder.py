@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.interop.speech_encoder_keys import (
+from pretrain.models.speech_config import SpeechEncoderConfig
+from pretrain.weights.interop.speech_encoder_keys import (
     FAIRSEQ_KEYS,
     HUGGINGFACE_KEYS,
     fairseq_ballast,
     huggingface_ballast,
 )
-from pretrain.interop.types import InteropError
-from pretrain.models.speech_config import SpeechEncoderConfig
+from pretrain.weights.interop.types import InteropError
 
 # Layers of a model that somebody writes by hand; a larger repeat count in a stranger's file is an attack or an error.
 _MAX_CONV_LAYERS = 64

@@ -12,12 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from pretrain.config import ConfigError
-from pretrain.data.collate import stack_waveforms
-from pretrain.masking import equal_span_masks
 from pretrain.method import Example, Method, Progress
 from pretrain.models.conv_features import ConvFrames, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.masking import equal_span_masks
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 
 

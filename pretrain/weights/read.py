@@ -11,11 +11,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pretrain.checkpoint import COMPLETE, damage, newest_checkpoint
-from pretrain.download import fetch, is_url
-from pretrain.interop.files import read_huggingface, read_json, read_safetensors, read_torch
-from pretrain.interop.types import Imported, InteropError, TrainedMethod
 from pretrain.method import Encoder, Method, load_interop, load_method, method_names
+from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
+from pretrain.weights.download import fetch, is_url
+from pretrain.weights.interop.files import read_huggingface, read_json, read_safetensors, read_torch
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
 
 NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
 
