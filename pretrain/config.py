@@ -74,7 +74,9 @@ class CropConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with the published values; `clip_norm` 0 switches clipping off."""
+    """The published values. `name` is adamw, or adam, whose weight decay is an L2 term of the gradient; `clip_norm` 0
+    switches clipping off.
+    """
 
     name: str
     lr: float
@@ -84,8 +86,8 @@ class OptimizerConfig:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        if self.name != "adamw":
-            raise ConfigError(f"optimizer.name: unknown optimiser '{self.name}'; known: adamw")
+        if self.name not in ("adam", "adamw"):
+            raise ConfigError(f"optimizer.name: unknown optimiser '{self.name}'; known: adam, adamw")
 
 
 @dataclass
@@ -96,6 +98,7 @@ class CorpusConfig:
     dir: str
     labels: Any = None
     transcripts: str | None = None
+    classes: str | None = None
     weight: float | None = None
 
     def label_dirs(self) -> list[Path]:
@@ -108,8 +111,9 @@ class DataConfig:
     """Where the audio and its labels are. `labels` is a label directory, a list of them, or null.
 
     `speakers` (for `batch.within`) is the place of the speaker in a path, or a table; `transcripts` a table of symbol
-    strings and `dictionary` the file that numbers their symbols; in these paths `{dir}` stands for the corpus' folder
-    and `{split}` for train or valid. `corpora` takes the place of `dir`, `labels` and `transcripts`.
+    strings and `dictionary` the file that numbers their symbols; `classes` a table of classes or tags of utterances and
+    `class_names` the file that numbers them; in these paths `{dir}` stands for the corpus' folder and `{split}` for
+    train or valid. `corpora` takes the place of `dir`, `labels`, `transcripts` and `classes`.
     """
 
     name: str
@@ -121,6 +125,8 @@ class DataConfig:
     speakers: Any = None
     transcripts: str | None = None
     dictionary: str | None = None
+    classes: str | None = None
+    class_names: str | None = None
     corpora: Any = None
     sampling_alpha: float | None = None
 
@@ -136,7 +142,7 @@ class DataConfig:
         self._check_corpora()
 
     def _check_corpora(self) -> None:
-        for name in ("dir", "labels", "transcripts"):
+        for name in ("dir", "labels", "transcripts", "classes"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"data.{name}: given together with data.corpora; leave it out (data=corpora does)")
         tags = [corpus.tag for corpus in self.corpora]
@@ -166,6 +172,8 @@ class TrainerConfig:
     validate_every: int
     save_every: int
     keep_checkpoints: int
+    keep_best: str | None
+    keep_best_maximize: bool
     save_minutes: float
     max_validation_batches: int
     stop_after_updates: int | None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,17 +29,16 @@ ENTRY_POINTS = "headwater.methods"
 class Example:
     """One cropped utterance, on its way from the reader to the collator.
 
-    `waveform` is (T,) float32 at 16 kHz; `start` is the crop's first sample, a multiple of the frame stride; `labels`
-    holds one (F_total,) integer array per label set, for the whole utterance; `rng` is seeded by (seed, epoch, row).
-    `transcript` is (S,) int64 symbol ids of `data.dictionary`, None where the row is unlabelled or cropped.
+    `waveform` is (T,) float32 at 16 kHz; `start` is the crop's first sample, a multiple of the frame stride; `targets`
+    holds what the recipe asked for in `Method.targets`, by name, as `TargetSpec` describes it; `rng` is seeded by
+    (seed, epoch, row).
     """
 
     waveform: Tensor
     row: int
     start: int
-    labels: list[np.ndarray]
+    targets: dict[str, np.ndarray | None]
     rng: np.random.Generator
-    transcript: np.ndarray | None = None
 
 
 @dataclass
@@ -49,7 +48,8 @@ class Batch:
     `waveforms` is (B, T) float32, zero after each length; `lengths` (B,) int64 samples; `sample_size` the number of
     units that the loss sums over; `rows` (B,) int64 manifest rows; `padded` is False where every row fills T, known on
     the host so that attention can run without a mask; `extras` the method's own tensors, listed in its docstring;
-    `problems` one line per file that could not be read and was replaced.
+    `problems` one line per file that could not be read and was replaced; `other_sizes` the units of further terms of
+    the loss by name, for a method whose terms are summed over different things (`StepOutput.other_losses`).
     """
 
     waveforms: Tensor
@@ -59,6 +59,7 @@ class Batch:
     padded: bool = True
     extras: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    other_sizes: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """Called by the data loader's pinning thread."""
@@ -93,6 +94,11 @@ class Ratio(NamedTuple):
     total: Tensor
     weight: Tensor | float
 
+    @classmethod
+    def of_mean(cls, mean: Tensor, weight: float) -> Ratio:
+        """A mean over one micro-batch, which counts with `weight` beside those of others."""
+        return cls(mean.detach() * weight, weight)
+
 
 class Counts(NamedTuple):
     """A (V,) histogram that is reduced by summing; reported as perplexity and share of entries used."""
@@ -100,14 +106,51 @@ class Counts(NamedTuple):
     counts: Tensor
 
 
+class Predictions(NamedTuple):
+    """A metric that is no ratio: an average precision, an equal error rate.
+
+    `predictions` (N, ...) and `targets` (N, ...) of the micro-batch are gathered over the whole validation and over all
+    ranks, and `score` is called once with both as numpy arrays. It counts at validation alone.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    score: Callable[[np.ndarray, np.ndarray], float]
+
+
+Metric = Ratio | Counts | Predictions
+
+
 class StepOutput(NamedTuple):
-    """`loss` is the () float32 SUM over the batch's `sample_size` units; `metrics` are detached device tensors.
+    """The loss of one micro-batch by its parts, and what to report of it.
+
+    What is trained is loss / units + mean + the sum of other_losses[name] / other units. `loss` is the () float32 SUM
+    over the batch's `sample_size` units, and the trainer divides it by the units of the whole update, over all
+    micro-batches and ranks. `mean` is () float32, None where a method has no such term: a penalty that is a mean over
+    the micro-batch already (a diversity, a norm), weighted like the micro-batch's units. `other_losses` are sums over
+    the units `Batch.other_sizes` of the same names. `metrics` are detached device tensors.
 
     A tuple, because ZeRO 3 looks for the tensors of a module's output in tuples, to gather weights before backward.
     """
 
     loss: Tensor
-    metrics: dict[str, Ratio | Counts]
+    metrics: dict[str, Metric]
+    mean: Tensor | None = None
+    other_losses: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
+
+    def total(self, batch: Batch, ratios: dict[str, Tensor] | None = None) -> Tensor:
+        """() float32, all terms as one sum over `batch.sample_size` units.
+
+        `ratios` holds, by name, the units of `loss` over those of each other loss in the whole update; without it this
+        micro-batch is the update.
+        """
+        total = self.loss
+        if self.mean is not None:
+            total = total + self.mean * batch.sample_size
+        for name, loss in self.other_losses.items():
+            ratio = batch.sample_size / max(1, batch.other_sizes[name]) if ratios is None else ratios[name]
+            total = total + loss * ratio
+        return total
 
 
 @dataclass(frozen=True)
@@ -127,15 +170,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class LabelInfo:
-    """What a label set tells a method: labels per second, number of classes, and the directory that it lies in."""
-
-    rate_hz: int
-    num_classes: int
-    directory: Path | None = None
-
-
-@dataclass(frozen=True)
 class LabelSource:
     """Where a method's label directories come from: `kind` says what they hold, `command` (with `{dir}` for the data)
     makes one, and `make(data_dir, output_dir)` makes that of the embedded sample under `output_dir`, on all ranks.
@@ -144,6 +178,48 @@ class LabelSource:
     kind: str
     command: str
     make: Callable[[Path, Path], Path]
+
+
+TargetKind = Literal["frames", "symbols", "class", "tags"]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """One thing that a recipe trains on beside the audio; `name` is its key in `Example.targets`.
+
+    | `kind` | where it comes from | in `Example.targets` |
+    | --- | --- | --- |
+    | frames | `data.labels`, one directory for each spec of this kind | (F_total,) integers, of the whole utterance |
+    | symbols | `data.transcripts` and `data.dictionary` | (S,) int64; None where the row is unlabelled or cropped |
+    | class | `data.classes` and `data.class_names` | () int64; None where the row is unlabelled |
+    | tags | `data.classes` and `data.class_names` | (C,) float32 of zeros and ones; None where the row is unlabelled |
+
+    `num_classes` is what the recipe states, 0 where it states nothing; the data decide (`Method.fit_to_targets`).
+    `column` is that of the table. `source` says how label directories are made; None is k-means, by
+    tools/kmeans_labels.py. With `several` the user may give more or fewer label directories than the recipe has specs:
+    the names then end in a number from 0.
+    """
+
+    name: str
+    kind: TargetKind
+    num_classes: int = 0
+    column: str = ""
+    source: LabelSource | None = None
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What a run's data hold for one target: how many classes and, by kind, more.
+
+    `rate_hz` (labels per second) and `directory` belong to frames; `names` are the symbols, classes or tags in the
+    order of their numbers.
+    """
+
+    num_classes: int
+    rate_hz: int | None = None
+    directory: Path | None = None
+    names: tuple[str, ...] = ()
 
 
 class Encoder(nn.Module):
@@ -199,39 +275,22 @@ class Method(nn.Module):
         self.config = config
 
     @classmethod
-    def label_classes(cls, config: Any) -> list[int]:
-        """Classes of each label set that the recipe trains on; empty for methods that need no labels."""
+    def targets(cls, config: Any) -> list[TargetSpec]:
+        """What the recipe trains on beside the audio; empty for methods that need nothing else."""
         return []
 
     @classmethod
-    def adapt(cls, config: Any, labels: list[LabelInfo]) -> Any:
-        """Fit the recipe's configuration to the label sets of this run; called before anything is built."""
+    def fit_to_targets(cls, config: Any, found: dict[str, TargetInfo]) -> Any:
+        """The recipe's configuration fitted to the targets of this run, which are all there; called before anything
+        is built. What is kept in the configuration, such as the names of symbols, stays with checkpoints and exports.
+        """
         return config
 
-    @classmethod
-    def label_source(cls, config: Any) -> LabelSource | None:
-        """How the labels are made that the recipe trains on; None is k-means, by tools/kmeans_labels.py."""
-        return None
-
-    def begin(self, labels: list[LabelInfo]) -> None:
-        """Take what else travels in the label directories, such as the weights of the network that made the labels.
+    def begin(self, found: dict[str, TargetInfo]) -> None:
+        """Take what else travels with the targets, such as the weights of the network that made the labels.
 
         Called where a run starts, after `init_from`; a run that resumes has it in its checkpoint.
         """
-
-    @classmethod
-    def needs_transcripts(cls, config: Any) -> bool:
-        """Whether the recipe trains on `data.transcripts`."""
-        return False
-
-    @classmethod
-    def adapt_transcripts(cls, config: Any, symbols: list[str]) -> Any:
-        """Fit the configuration to the dictionary of this run's transcripts: symbol i of an `Example.transcript`.
-
-        Called before anything is built, where `needs_transcripts`; kept in the configuration, the symbols stay with
-        checkpoints and exports.
-        """
-        return config
 
     @classmethod
     def collator(cls, config: Any) -> Collator:
@@ -247,8 +306,20 @@ class Method(nn.Module):
         """Teachers, codebooks: once per applied update; update = n + 1."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters for the optimiser; one group unless a method says otherwise."""
+        """Trainable parameters for the optimiser; one group unless a method says otherwise.
+
+        A group has `params` and, where it differs from the recipe, `weight_decay`, `lr_scale` (a factor on the learning
+        rate) and `active`, a function of `Progress` that says whether the group is trained at this update. An inactive
+        group is left as it is, its moments and its weight decay included, and counts nothing in the gradient norm.
+        """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def exported(self) -> dict[str, Encoder]:
+        """What an export holds beside `encoder`, by name: heads or decoders that have a use of their own.
+
+        Each is written as `<name>.safetensors` and built again by its class' `from_config`.
+        """
+        return {}
 
     def training_flops(self, samples: int) -> float:
         """Floating-point operations of one training step on one waveform of `samples`."""

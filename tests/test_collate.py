@@ -77,7 +77,7 @@ def test_other_rates_and_strides(rate_hz: int, stride: int) -> None:
 
 def test_rows_of_one_length_are_stacked_without_padding() -> None:
     def example(values: list[float]) -> Example:
-        return Example(torch.tensor(values), 0, 0, [], np.random.default_rng(0))
+        return Example(torch.tensor(values), 0, 0, {}, np.random.default_rng(0))
 
     waveforms, lengths, padded = stack_waveforms([example([1.0, 2.0]), example([3.0, 4.0])])
     assert waveforms.tolist() == [[1, 2], [3, 4]]

@@ -18,8 +18,11 @@ from pretrain.data.audio import AudioError
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.labels import LabelError, write_labels
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.method import TargetSpec
 
 OPTIONS = {"name": "corpora", "dir": None, "labels": None, "label_rate_hz": None, "workers": 0, "max_bad_share": 0.0}
+
+LABELS, PHONES = TargetSpec("labels", "frames", 6), TargetSpec("phones", "symbols", column="phones")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,11 @@ def entry(folder: Path, tag: str, **more: Any) -> dict[str, Any]:
 
 
 def opened(folder: Path, *entries: dict[str, Any], classes: int = 1, **options: Any) -> Corpus:
-    settings = {name: options.pop(name) for name in ("by_speaker", "with_transcripts") if name in options}
+    by_speaker = options.pop("by_speaker", False)
+    specs = [LABELS] * classes + ([PHONES] if options.pop("with_transcripts", False) else [])
     entries = entries or (entry(folder, "a"), entry(folder, "b"))
-    return open_corpus(DataConfig(**OPTIONS | {"corpora": list(entries)} | options), [6] * classes, folder, **settings)
+    data = DataConfig(**OPTIONS | {"corpora": list(entries)} | options)
+    return open_corpus(data, specs, folder, by_speaker=by_speaker)
 
 
 def test_rows_are_numbered_through_the_manifests(two: Path) -> None:
@@ -65,9 +70,9 @@ def test_rows_are_numbered_through_the_manifests(two: Path) -> None:
     assert len(manifest) == 32
     assert [manifest.path(row) for row in range(32)] == [part.path(row) for part in parts for row in range(16)]
     assert manifest.lengths.tolist() == [n for part in parts for n in part.lengths.tolist()]
-    assert corpus.labels[0].num_classes == 6
+    assert corpus.found["labels"].num_classes == 6
     for row in range(16, 32):
-        assert set(corpus.train.label_sets[0][row]) == {(row - 16) % 6}
+        assert set(corpus.train.targets["labels"].rows[row]) == {(row - 16) % 6}
     assert corpus.valid is not None
     assert len(corpus.valid.manifest) == 8
     assert len(pickle.dumps(manifest)) < 2_000
@@ -120,12 +125,11 @@ def test_speakers_of_two_corpora_are_different_people(two: Path, tmp_path: Path)
 def test_a_part_may_be_transcribed(two: Path) -> None:
     (two / "a.tsv").write_text("utt\tphones\ntrain/3\tx y\nvalid/0\tz\n")
     corpus = opened(two, {**entry(two, "a"), "transcripts": str(two / "a.tsv")}, entry(two, "b"), with_transcripts=True)
-    assert corpus.symbols == ["x", "y", "z"]
-    transcripts = corpus.train.transcripts
-    assert transcripts is not None
+    assert corpus.found["phones"].names == ("x", "y", "z")
+    transcripts = corpus.train.targets["phones"].rows
     found = {row: ids.tolist() for row in range(32) if (ids := transcripts[row]) is not None}
     assert found == {3: [0, 1]}
-    assert corpus.facts[0].startswith("transcripts for 1 of 32 training utterances, 3 symbols")
+    assert corpus.facts[1].startswith("phones: phones of 1 of 32 training utterances, 3 names")
     assert opened(two).identity()["transcripts"] is None
 
 

@@ -19,6 +19,7 @@ from pretrain.data.labels import LabelSet
 from pretrain.data.loader import MAX_REPLACEMENTS, MicroBatchReader, batches, check_files
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch, Plan, rank_share
+from pretrain.data.targets import Target
 from pretrain.method import Batch, Example
 from pretrain.objectives.collate import silent_waveforms
 from recipes.hubert.method import HubertConfig, HubertMethod
@@ -37,7 +38,8 @@ def make_reader(folder: Path, seed: int = 3) -> MicroBatchReader:
         receptive_field_samples=400,
         seed=seed,
     )
-    return MicroBatchReader(manifest, [LabelSet.open(folder / "labels", "train", manifest)], plan, collator, seed)
+    targets = {"labels_0": Target("frames", LabelSet.open(folder / "labels", "train", manifest))}
+    return MicroBatchReader(manifest, targets, plan, collator, seed)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,8 @@ def test_whole_utterances_are_read_to_their_end(corpus: Path) -> None:
         whole=True,
     )
     transcripts = [np.array([row]) for row in range(len(reader.manifest))]
-    reader.transcripts = transcripts  # type: ignore[assignment]
+    reader.targets["phones"] = Target("symbols", transcripts)
+    reader.targets["speaker"] = Target("class", transcripts)
     hubert, padded, cropped = reader.collator, 0, 0
     for index in range(reader.plan.batches_per_epoch):
         planned = reader.plan.micro_batch(index)
@@ -170,10 +173,11 @@ def test_whole_utterances_are_read_to_their_end(corpus: Path) -> None:
             assert example.start % 320 == 0
             if length > 19_200:
                 cropped += 1
-                assert example.transcript is None  # of a part of the words nobody knows the symbols
+                assert example.targets["phones"] is None  # of a part of the words nobody knows the symbols
+                assert example.targets["speaker"] is transcripts[row]
             else:
                 assert example.start == 0
-                assert example.transcript is transcripts[row]
+                assert example.targets["phones"] is transcripts[row]
         reader.collator = hubert
         batch = reader[planned]
         padded += batch.padded
@@ -199,7 +203,7 @@ def test_a_collator_of_labels_opens_no_file(own_corpus: Path) -> None:
     assert reader[planned].problems == []
     for example, other in zip(kept.examples, heard.examples, strict=True):
         assert (example.row, example.start, len(example.waveform)) == (other.row, other.start, len(other.waveform))
-        np.testing.assert_array_equal(example.labels[0], other.labels[0])
+        np.testing.assert_array_equal(example.targets["labels_0"], other.targets["labels_0"])
         assert not example.waveform.any()
         assert example.waveform.untyped_storage().nbytes() == 4
     waveforms, lengths, padded = silent_waveforms(kept.examples)
@@ -251,7 +255,7 @@ def test_a_replacement_takes_its_own_labels(own_corpus: Path) -> None:
     reader[planned]
     assert len(kept.examples) == len(planned.rows)
     for example in kept.examples:
-        np.testing.assert_array_equal(example.labels[0], reader.label_sets[0][example.row])
+        np.testing.assert_array_equal(example.targets["labels_0"], reader.targets["labels_0"].rows[example.row])
 
 
 def test_a_corpus_that_cannot_be_read_at_all_stops(own_corpus: Path) -> None:
@@ -277,4 +281,4 @@ def test_what_a_worker_receives_is_small(corpus: Path) -> None:
     """Workers get numbers and paths: no audio, no labels, no network."""
     reader = make_reader(corpus)
     assert len(pickle.dumps(reader.collator)) < 1_000
-    assert len(pickle.dumps(reader.label_sets)) < 2_000
+    assert len(pickle.dumps(reader.targets)) < 2_000

@@ -28,7 +28,7 @@ SHARED_OUT = {"stage": 3, "stage3_param_persistence_threshold": 0}
 def save(run: Path, engine: Engine, world: World, step: int, keep: int = 2) -> str | None:
     """Publish a checkpoint at `step`."""
     scalars = engine.scalars()
-    state = checkpoint.RunState(step, step, 0, scalars["adam_step"], scalars["loss_scale"], {})
+    state = checkpoint.RunState(step, step, 0, scalars["adam_steps"], scalars["loss_scale"], {})
     return checkpoint.save(run, engine, state, {"method": {"name": "small"}}, world, keep)
 
 
@@ -40,7 +40,7 @@ def load(run: Path, stage: int, precision: str, world: World) -> Engine:
     method.load_state_dict(checkpoint.load_weights(found))
     engine = engine_of(stage, precision, world, method)
     with checkpoint.moment_reader(found) as read:
-        engine.load_optimizer_state(read, {"adam_step": state.adam_step, "loss_scale": state.loss_scale})
+        engine.load_optimizer_state(read, {"adam_steps": state.adam_steps, "loss_scale": state.loss_scale})
     return engine
 
 
@@ -139,7 +139,7 @@ def _hubert_update(engine: Engine, update: int, world: World) -> float:
 def _hubert_batch(engine: Engine, update: int, index: int) -> Batch:
     rngs = [np.random.default_rng([update, index, row]) for row in range(2)]
     waveforms = [torch.from_numpy(0.1 * rng.standard_normal(8_000, dtype=np.float32)) for rng in rngs]
-    labels = [[rng.integers(0, 7, size=24) for _ in range(2)] for rng in rngs]
+    labels = [{f"labels_{i}": rng.integers(0, 7, size=24) for i in range(2)} for rng in rngs]
     collator = engine.method.collator(engine.method.config)
     return collator([Example(waveforms[row], row, 0, labels[row], rngs[row]) for row in range(2)])
 

@@ -9,6 +9,7 @@ fast.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -74,7 +75,7 @@ def verdict(base: list[Line] | None, now: list[Line] | None) -> tuple[bool, str]
     unshared = sorted({name for before, after in zip(base, now, strict=True) for name in before.keys() ^ after.keys()})
     for before, after in zip(base, now, strict=True):
         for name in before.keys() & after.keys():
-            if before[name] != after[name]:
+            if before[name] != after[name] and not (math.isnan(before[name]) and math.isnan(after[name])):
                 return False, f"DIFFERENT at update {after.get('update')}: {name} {before[name]} -> {after[name]}"
     return True, "equal" + (f"; in one of them only: {', '.join(unshared)}" if unshared else "")
 

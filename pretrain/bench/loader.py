@@ -25,7 +25,8 @@ from pretrain.data.labels import LabelSet, write_labels
 from pretrain.data.loader import MicroBatchReader, Split, batches, planned_reader
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
-from pretrain.method import LabelInfo, Method, load_method
+from pretrain.data.targets import Target, made_up_infos
+from pretrain.method import Method, load_method
 
 OURS = "headwater"
 LABEL_RATE_HZ = 50
@@ -143,14 +144,17 @@ def _our_reader(recipe: str, manifest: Manifest, folder: Path) -> MicroBatchRead
     config = run_config(compose_recipe(recipe))
     method_class: type[Method] = load_method(config.method["name"]).Method
     method_config = typed(method_class.Config, config.method, "method")
-    classes = method_class.label_classes(method_config)
-    if classes:
-        method_config = method_class.adapt(method_config, [LabelInfo(LABEL_RATE_HZ, count) for count in classes])
-    label_sets = []
-    for index, count in enumerate(classes):
-        write_labels(folder / str(index), LABEL_RATE_HZ, count, {"train": (manifest, _random_labels(manifest, count))})
-        label_sets.append(LabelSet.open(folder / str(index), "train", manifest))
-    return planned_reader(config, Split(manifest, label_sets), method_class.collator(method_config))
+    specs = method_class.targets(method_config)
+    if specs:
+        method_config = method_class.fit_to_targets(method_config, made_up_infos(specs, LABEL_RATE_HZ))
+    targets = {}
+    for spec in specs:
+        if spec.kind != "frames":
+            raise ConfigError(f"recipe: {recipe} trains on tables of utterances, which this task cannot make up")
+        count, labels = spec.num_classes, folder / spec.name
+        write_labels(labels, LABEL_RATE_HZ, count, {"train": (manifest, _random_labels(manifest, count))})
+        targets[spec.name] = Target(spec.kind, LabelSet.open(labels, "train", manifest))
+    return planned_reader(config, Split(manifest, targets), method_class.collator(method_config))
 
 
 def _random_labels(manifest: Manifest, classes: int) -> Iterator[np.ndarray]:

@@ -120,7 +120,7 @@ def _ready(options: MemoryOptions, shape: str, recompute: bool) -> tuple[Method,
 
 def _step(method: Method, batch: Batch, precision: str) -> None:
     with autocast(torch.device("cpu"), precision):
-        loss = method(batch).loss
+        loss = method(batch).total(batch)
     loss.backward()
 
 

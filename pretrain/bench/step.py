@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_peers
+from pretrain.data.targets import made_up_infos, made_up_targets
+from pretrain.method import Batch, Example, Method, load_method, load_peers
 from pretrain.training.metrics import peak_flops, peak_memory_gb
 from pretrain.training.precision import DTYPES, autocast
 
@@ -85,9 +86,9 @@ class Subject:
         values = compose_recipe(recipe)["method"]
         package = load_method(values["name"])
         config = typed(package.Method.Config, values, "method")
-        infos = [LabelInfo(LABEL_RATE_HZ, classes) for classes in package.Method.label_classes(config)]
-        adapted = package.Method.adapt(config, infos) if infos else config
-        return cls(package.Method, adapted, getattr(load_peers(values["name"]), "PEERS", {}))
+        found = made_up_infos(package.Method.targets(config), LABEL_RATE_HZ)
+        fitted = package.Method.fit_to_targets(config, found) if found else config
+        return cls(package.Method, fitted, getattr(load_peers(values["name"]), "PEERS", {}))
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def make_contender(options: StepOptions, name: str, subject: Subject, device: to
         method = subject.method_class(subject.config).to(device).train()
         if options.compile:
             method.encoder.compile_regions()
-        return Contender(method, lambda batch: method(batch).loss)
+        return Contender(method, lambda batch: method(batch).total(batch))
     peer = subject.peers[name](subject.config).to(device).train()
     return Contender(peer, peer)
 
@@ -197,9 +198,8 @@ def make_batch(options: StepOptions, subject: Subject) -> Batch:
     for row in range(options.batch):
         rng = np.random.default_rng(row)
         waveform = torch.from_numpy(rng.normal(0.0, 0.1, samples).astype(np.float32))
-        count = samples * LABEL_RATE_HZ // SAMPLE_RATE
-        labels = [rng.integers(classes, size=count) for classes in subject.method_class.label_classes(subject.config)]
-        examples.append(Example(waveform, row, 0, labels, rng))
+        targets = made_up_targets(subject.method_class.targets(subject.config), samples, LABEL_RATE_HZ, rng)
+        examples.append(Example(waveform, row, 0, targets, rng))
     return subject.method_class.collator(subject.config)(examples)
 
 

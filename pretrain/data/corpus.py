@@ -9,21 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import ConfigError, CorpusConfig, DataConfig, resolve_data_dir
-from pretrain.data.joined import JoinedLabels, JoinedManifest, JoinedRows, first_rows
+from pretrain.data.joined import JoinedLabels, JoinedManifest, first_rows
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import Split, check_files
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix
 from pretrain.data.speakers import speaker_groups
-from pretrain.data.transcripts import (
-    NoTranscripts,
-    TranscriptError,
-    Transcripts,
-    TranscriptTable,
-    make_dictionary,
-    read_dictionary,
-)
-from pretrain.method import LabelInfo, LabelSource
+from pretrain.data.targets import Source, TableTarget, Target, open_tables
+from pretrain.data.utterance_targets import DICTIONARY_FIELDS, TABLE_FIELDS
+from pretrain.method import LabelSource, TargetInfo, TargetSpec
 
 MFCC_CLUSTERS = 100  # HuBERT's first iteration
 SPLITS = ("train", "valid")
@@ -32,12 +26,13 @@ SAMPLE_SPEAKERS, SAMPLE_TRANSCRIPTS = "{dir}/utterances.tsv", "{dir}/transcripts
 
 @dataclass
 class Part:
-    """One corpus: where it lies, its label directories and transcripts, and the manifests of the splits it has."""
+    """One corpus: where it lies, its label directories and tables, and the manifests of the splits it has."""
 
     tag: str
     directory: Path
     label_dirs: list[Path]
     transcripts: str | None
+    classes: str | None
     weight: float | None
     manifests: dict[str, Manifest]
 
@@ -50,80 +45,85 @@ class Part:
 class Corpus:
     """What a run trains and validates on.
 
-    `mix` is there where several corpora were given, `symbols` where transcripts are read. `notes` are sentences for the
-    run's first and last lines, `facts` for its first lines only.
+    `found` says what the data hold for each target of the recipe, `mix` how several corpora share an epoch (None for
+    one). `notes` are sentences for the run's first and last lines, `facts` for its first lines only; `fingerprints`
+    identify the targets for a run that resumes, by kind.
     """
 
     train: Split
     valid: Split | None
     kmeans_dir: Path | None
     notes: list[str]
+    found: dict[str, TargetInfo] = field(default_factory=dict)
     facts: list[str] = field(default_factory=list)
     mix: Mix | None = None
-    symbols: list[str] | None = None
-    transcript_hashes: list[str] | None = None
-
-    @property
-    def labels(self) -> list[LabelInfo]:
-        """Rate, classes and directory of each label set; of several corpora, the first one's directory."""
-        return [LabelInfo(s.rate_hz, s.num_classes, s.directory) for s in self.train.label_sets]
+    fingerprints: dict[str, list[str]] = field(default_factory=dict)
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must find again: the same rows and the same labels, wherever they lie."""
         mix, groups = self.mix, self.train.groups
         return {
             "audio": self.train.manifest.fingerprint(),
-            "labels": [s.kmeans_sha256 for s in self.train.label_sets],
+            "labels": self.fingerprints.get("frames", []),
             "corpora": mix and {"tags": mix.tags, "rows": mix.first_rows.tolist()},
             "sampling": mix and {"alpha": mix.alpha, "weights": mix.weights},
             "speakers": None if groups is None else hashlib.sha256(groups.tobytes()).hexdigest(),
-            "transcripts": self.transcript_hashes,
+            "transcripts": self.fingerprints.get("symbols"),
+            "classes": self.fingerprints.get("class"),
+            "tags": self.fingerprints.get("tags"),
         }
 
 
 def open_corpus(
     data: DataConfig,
-    label_classes: list[int],
+    specs: list[TargetSpec],
     output_dir: Path,
     *,
     by_speaker: bool = False,
-    with_transcripts: bool = False,
-    label_source: LabelSource | None = None,
 ) -> Corpus:
-    """Open and check the splits of `data`, with one label set for each entry of `label_classes`.
+    """Open and check the splits of `data` with the targets that `specs` ask for.
 
-    `by_speaker` finds the speaker of every row; `with_transcripts` reads transcripts and makes a dictionary of all
-    their symbols where none is given. On the embedded sample, labels that were not given are made, by `label_source`
-    or by k-means on MFCC. A collective call where labels are made. Raises ConfigError, ManifestError, LabelError,
-    TranscriptError or AudioError before anything is trained.
+    `by_speaker` finds the speaker of every row. The names in tables are numbered from all of them where no dictionary
+    is given. On the embedded sample, labels that were not given are made, as the spec says or by k-means on MFCC. A
+    collective call where labels are made. Raises ConfigError, ManifestError, LabelError, TargetError or AudioError
+    before anything is trained.
     """
+    frames = [spec for spec in specs if spec.kind == "frames"]
     notes = []
     if data.dir is None and data.corpora is None:
         notes.append(f"{data.name}: data.dir was not given, so this run uses the embedded sample of synthetic speech")
         data = replace(data, dir="sample", speakers=SAMPLE_SPEAKERS, transcripts=SAMPLE_TRANSCRIPTS, dictionary=None)
     parts = [_open_part(corpus, data.corpora is not None) for corpus in _entries(data)]
-    if not label_classes:
+    if not frames:
         parts = [replace(part, label_dirs=[]) for part in parts]
     elif not all(part.label_dirs for part in parts):
-        source = label_source or _mfcc_source(min(label_classes[0], MFCC_CLUSTERS))
+        source = frames[0].source or _mfcc_source(min(frames[0].num_classes, MFCC_CLUSTERS))
         made = _sample_labels(parts, source, output_dir)
         parts = [replace(part, label_dirs=[made]) for part in parts]
         notes.append(f"data.labels were not given: {source.kind} of the sample, in {made}")
     splits = {name: _open_split(parts, name, data, by_speaker) for name in SPLITS if _having(parts, name)}
     kmeans = parts[0].label_dirs[0] / "kmeans" if parts[0].label_dirs else None
     corpus = Corpus(splits["train"], splits.get("valid"), kmeans if kmeans and kmeans.is_dir() else None, notes)
+    if frames:
+        _add_labels(corpus, splits, parts, frames, data)
+    for spec in specs:
+        if spec.kind != "frames":
+            opened = _open_table_target(spec, parts, data)
+            corpus.found[spec.name] = opened.info
+            corpus.facts.append(opened.fact)
+            corpus.fingerprints[spec.kind] = opened.fingerprints
+            for name, target in opened.splits.items():
+                splits[name].targets[spec.name] = target
     if data.corpora is not None:
         weights = [part.weight for part in parts if part.weight is not None]
         alpha = 1.0 if data.sampling_alpha is None else data.sampling_alpha
         firsts = first_rows([part.manifests["train"] for part in parts])
         corpus.mix = Mix([part.tag for part in parts], firsts, alpha, weights or None)
-    if with_transcripts:
-        _add_transcripts(corpus, splits, parts, data)
     return corpus
 
 
 def _entries(data: DataConfig) -> list[CorpusConfig]:
-    return data.corpora or [CorpusConfig(data.name, data.dir or "sample", data.labels, data.transcripts)]
+    return data.corpora or [CorpusConfig(data.name, data.dir or "sample", data.labels, data.transcripts, data.classes)]
 
 
 def _open_part(corpus: CorpusConfig, is_one_of_many: bool) -> Part:
@@ -134,7 +134,8 @@ def _open_part(corpus: CorpusConfig, is_one_of_many: bool) -> Part:
         if name == "train" or (directory / f"{name}.tsv").is_file():
             manifests[name] = Manifest.read(directory / f"{name}.tsv")
             check_files(manifests[name], str(directory / name) if is_one_of_many else name)
-    return Part(corpus.tag, directory, corpus.label_dirs(), corpus.transcripts, corpus.weight, manifests)
+    tables = corpus.transcripts, corpus.classes
+    return Part(corpus.tag, directory, corpus.label_dirs(), *tables, corpus.weight, manifests)
 
 
 def _having(parts: list[Part], split: str) -> list[Part]:
@@ -145,17 +146,41 @@ def _open_split(parts: list[Part], name: str, data: DataConfig, by_speaker: bool
     """One split of all parts that have it, as one."""
     parts = _having(parts, name)
     manifests = [part.manifests[name] for part in parts]
-    rate = data.label_rate_hz
-    sets = [[LabelSet.open(path, name, part.manifests[name], rate) for path in part.label_dirs] for part in parts]
     groups = _groups(parts, name, data.speakers) if by_speaker else None
-    if data.corpora is None:
-        return Split(manifests[0], sets[0], groups=groups)
-    if len({len(label_sets) for label_sets in sets}) > 1:
-        counts = ", ".join(f"{part.tag} {len(label_sets)}" for part, label_sets in zip(parts, sets, strict=True))
-        raise ConfigError(f"data.corpora: labels: the numbers of label sets differ ({counts}); give all the same")
-    firsts = first_rows(manifests)
-    joined = [JoinedLabels(list(label_sets), firsts) for label_sets in zip(*sets, strict=True)]
-    return Split(JoinedManifest(manifests), joined, groups=groups)
+    return Split(manifests[0] if data.corpora is None else JoinedManifest(manifests), groups=groups)
+
+
+def _add_labels(
+    corpus: Corpus, splits: dict[str, Split], parts: list[Part], specs: list[TargetSpec], data: DataConfig
+) -> None:
+    """Label sets of every split, one for each of `specs`. Raises ConfigError where the numbers differ."""
+    counts = {part.tag: len(part.label_dirs) for part in parts}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{tag} {count}" for tag, count in counts.items())
+        raise ConfigError(f"data.corpora: labels: the numbers of label sets differ ({listed}); give all the same")
+    given = len(parts[0].label_dirs)
+    if specs[0].several:
+        stem = specs[0].name.rstrip("0123456789")
+        specs = [replace(specs[0], name=f"{stem}{index}") for index in range(given)]
+    if given != len(specs):
+        where = "data.labels" if data.corpora is None else "data.corpora: labels"
+        raise ConfigError(f"{where}: {given} label directories, but this recipe trains on {len(specs)}; give as many")
+    for name, split in splits.items():
+        having = _having(parts, name)
+        firsts = first_rows([part.manifests[name] for part in having])
+        for index, spec in enumerate(specs):
+            own = [
+                LabelSet.open(part.label_dirs[index], name, part.manifests[name], data.label_rate_hz) for part in having
+            ]
+            labels = own[0] if data.corpora is None else JoinedLabels(own, firsts)
+            split.targets[spec.name] = Target(spec.kind, labels)
+            if name == "train":
+                corpus.found[spec.name] = TargetInfo(labels.num_classes, labels.rate_hz, labels.directory)
+                corpus.facts.append(
+                    f"{spec.name}: {labels.num_classes} classes, {labels.rate_hz} labels a second, from "
+                    f"{labels.directory}"
+                )
+                corpus.fingerprints.setdefault("frames", []).append(labels.kmeans_sha256)
 
 
 def _groups(parts: list[Part], name: str, speakers: int | str | None) -> np.ndarray:
@@ -173,44 +198,24 @@ def _groups(parts: list[Part], name: str, speakers: int | str | None) -> np.ndar
     return np.concatenate(groups)
 
 
-def _add_transcripts(corpus: Corpus, splits: dict[str, Split], parts: list[Part], data: DataConfig) -> None:
-    """Read every table once, check it against the manifests that it serves, number its symbols."""
-    uses = {
-        (part.tag, name): part.file(part.transcripts, name)
-        for part in parts
-        if part.transcripts
-        for name in part.manifests
+def _open_table_target(spec: TargetSpec, parts: list[Part], data: DataConfig) -> TableTarget:
+    """One target that comes from tables, of all parts. Raises ConfigError where no table is given."""
+    field = TABLE_FIELDS[spec.kind].removeprefix("data.")
+    sources = {
+        name: [
+            Source(part.file(table, name) if (table := getattr(part, field)) else None, part.manifests[name])
+            for part in _having(parts, name)
+        ]
+        for name in SPLITS
+        if _having(parts, name)
     }
-    if not uses:
+    if not any(source.table for split in sources.values() for source in split):
         raise ConfigError(
-            "data.transcripts: missing, and this recipe trains on them; give a table with the columns utt and phones "
-            "(symbols between blanks)"
+            f"data.{field}: missing, and this recipe trains on them; give a table with the columns utt and "
+            f"{spec.column}" + (" (symbols between blanks)" if spec.kind == "symbols" else "")
         )
-    tables = {path: TranscriptTable(path) for path in uses.values()}
-    manifests = {(part.tag, name): manifest for part in parts for name, manifest in part.manifests.items()}
-    for path, table in tables.items():
-        table.check_utterances(manifests[key] for key, used in uses.items() if used == path)
-    if data.dictionary is not None:
-        symbols = read_dictionary(parts[0].file(data.dictionary, "train"))
-    else:
-        lines = (tables[path].rows(manifests[key]) for key, path in uses.items())
-        symbols = make_dictionary(line for rows in lines for line in rows)
-    opened = {key: Transcripts(tables[path], manifests[key], symbols) for key, path in uses.items()}
-    labelled = sum(int(opened[key].labelled().sum()) for key in opened if key[1] == "train")
-    if not labelled:
-        raise TranscriptError(f"{next(iter(tables))}: no training utterance has a transcript; check data.transcripts")
-    for name, split in splits.items():
-        mine = [part for part in parts if name in part.manifests]
-        rows = [opened.get((part.tag, name), NoTranscripts()) for part in mine]
-        firsts = first_rows([part.manifests[name] for part in mine])
-        split.transcripts = JoinedRows(rows, firsts) if data.corpora is not None else rows[0]
-    corpus.symbols = symbols
-    corpus.transcript_hashes = [opened[key].fingerprint() for key in sorted(opened) if key[1] == "train"]
-    source = data.dictionary or "data.dictionary was not given: made from the transcripts"
-    corpus.facts.append(
-        f"transcripts for {labelled} of {len(corpus.train.manifest)} training utterances, {len(symbols)} symbols "
-        f"({source})"
-    )
+    dictionary = getattr(data, DICTIONARY_FIELDS[spec.kind].removeprefix("data."))
+    return open_tables(spec, sources, None if dictionary is None else parts[0].file(dictionary, "train"))
 
 
 def _sample_labels(parts: list[Part], source: LabelSource, output_dir: Path) -> Path:

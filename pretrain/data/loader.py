@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import RunConfig
 from pretrain.data.audio import AudioError, read_audio
-from pretrain.data.joined import ByRow, JoinedLabels, JoinedManifest
-from pretrain.data.labels import LabelSet
+from pretrain.data.joined import JoinedManifest
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix
 from pretrain.data.plan import MicroBatch, Plan
+from pretrain.data.targets import Target
 from pretrain.method import Batch, Collator, Example
 
 MAX_REPLACEMENTS = 8
@@ -25,11 +25,10 @@ PREFETCHED_BATCHES = 4
 
 @dataclass
 class Split:
-    """The rows of one split: their audio, label sets, transcripts, and `groups` (N,), where batches keep to one."""
+    """The rows of one split: their audio, their targets by name, and `groups` (N,), where batches keep to one."""
 
     manifest: Manifest | JoinedManifest
-    label_sets: Sequence[LabelSet | JoinedLabels]
-    transcripts: ByRow[np.ndarray | None] | None = None
+    targets: dict[str, Target] = field(default_factory=dict)
     groups: np.ndarray | None = None
 
 
@@ -42,18 +41,16 @@ class MicroBatchReader(Dataset[Batch]):
     def __init__(
         self,
         manifest: Manifest | JoinedManifest,
-        label_sets: Sequence[LabelSet | JoinedLabels],
+        targets: dict[str, Target],
         plan: Plan,
         collator: Collator,
         seed: int,
-        transcripts: ByRow[np.ndarray | None] | None = None,
     ) -> None:
         self.manifest = manifest
-        self.label_sets = label_sets
+        self.targets = targets
         self.plan = plan
         self.collator = collator
         self.seed = seed
-        self.transcripts = transcripts
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         problems: list[str] = []
@@ -88,10 +85,8 @@ class MicroBatchReader(Dataset[Batch]):
             waveform = torch.from_numpy(read_audio(self.manifest.path(row), start, samples))
         else:
             waveform = torch.zeros(()).expand(samples)
-        labels = [label_set[row] for label_set in self.label_sets]
-        # The transcript of the whole is not that of a part.
-        transcript = self.transcripts[row] if self.transcripts is not None and samples == length else None
-        return Example(waveform, row, start, labels, rng, transcript)
+        targets = {name: target.of(row, whole=samples == length) for name, target in self.targets.items()}
+        return Example(waveform, row, start, targets, rng)
 
 
 def planned_reader(config: RunConfig, split: Split, collator: Collator, mix: Mix | None = None) -> MicroBatchReader:
@@ -108,7 +103,7 @@ def planned_reader(config: RunConfig, split: Split, collator: Collator, mix: Mix
         groups=split.groups,
         mix=mix,
     )
-    return MicroBatchReader(split.manifest, split.label_sets, plan, collator, config.seed, split.transcripts)
+    return MicroBatchReader(split.manifest, split.targets, plan, collator, config.seed)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

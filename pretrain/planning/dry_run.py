@@ -13,6 +13,7 @@ from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import planned_reader
 from pretrain.data.plan import Plan
+from pretrain.data.targets import made_up_infos, made_up_targets
 from pretrain.method import Batch, Example, Method, load_method
 from pretrain.planning.footprint import Footprint, measure
 from pretrain.training.memory import StateBytes, state_bytes
@@ -100,8 +101,9 @@ def open_subject(config: RunConfig) -> Subject:
     method_class: type[Method] = load_method(config.method["name"]).Method
     method_config = typed(method_class.Config, config.method, "method")
     if data.dir is None and data.corpora is None:
-        if method_class.needs_transcripts(method_config):
-            method_config = method_class.adapt_transcripts(method_config, [f"symbol{i}" for i in range(SYMBOLS)])
+        specs = method_class.targets(method_config)
+        if specs and not any(spec.kind == "frames" for spec in specs):
+            method_config = method_class.fit_to_targets(method_config, made_up_infos(specs, LABEL_RATE_HZ))
         longest = round(config.crop.max_seconds * SAMPLE_RATE)
         rows = max(1, round(config.batch.seconds_per_micro_batch * SAMPLE_RATE) // longest)
         return Subject(method_class, method_config, [(rows, longest)], None)
@@ -113,7 +115,7 @@ def open_subject(config: RunConfig) -> Subject:
 
 
 def make_batch(subject: Subject, rows: int, samples: int, whole: bool) -> Batch:
-    """Silence with made-up labels and transcripts through the method's own collator.
+    """Silence with made-up targets through the method's own collator.
 
     With `whole` utterances the last row is a tenth shorter, so that the batch is padded as theirs are.
     """
@@ -121,12 +123,8 @@ def make_batch(subject: Subject, rows: int, samples: int, whole: bool) -> Batch:
     for row in range(rows):
         rng = np.random.default_rng(row)
         length = samples * 9 // 10 if whole and row == rows - 1 and rows > 1 else samples
-        classes = subject.method_class.label_classes(subject.method_config)
-        labels = [rng.integers(count, size=length * LABEL_RATE_HZ // SAMPLE_RATE) for count in classes]
-        transcript = None
-        if subject.method_class.needs_transcripts(subject.method_config):
-            transcript = np.arange(length * SYMBOLS_PER_SECOND // SAMPLE_RATE) % 2
-        examples.append(Example(torch.zeros(length), row, 0, labels, rng, transcript))
+        targets = made_up_targets(subject.method_class.targets(subject.method_config), length, LABEL_RATE_HZ, rng)
+        examples.append(Example(torch.zeros(length), row, 0, targets, rng))
     return subject.method_class.collator(subject.method_config)(examples)
 
 

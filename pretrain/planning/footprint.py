@@ -203,7 +203,7 @@ def _step(method: Method, batch: Batch, dtype: torch.dtype | None) -> tuple[int,
             torch.autocast("cpu", dtype, enabled=dtype is not None),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
-            loss = method(batch).loss
+            loss = method(batch).total(batch)
         kept = sum(saved.values())
         # What `loss.backward()` ends in; that itself would set PlannedKernels aside, which recomputation needs.
         one = torch.ones_like(loss)

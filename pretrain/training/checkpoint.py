@@ -11,13 +11,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config import save_yaml
+from pretrain.config import TrainerConfig, nearest, save_yaml
 from pretrain.errors import UserError
 from pretrain.training.distributed import World, all_agree, from_main
 from pretrain.weights.interop.files import give_default_mode
@@ -44,23 +45,30 @@ class CheckpointError(UserError):
 
 @dataclass
 class RunState:
-    """Where a run stands: `step` micro-batch groups of the plan consumed, `update` optimiser updates applied."""
+    """Where a run stands: `step` micro-batch groups of the plan consumed, `update` optimiser updates applied.
+
+    `adam_steps` counts the optimiser's steps for each parameter group; one number stands for all groups.
+
+    `best` holds the `metric` of `trainer.keep_best`, its best `value` and the `step` of that checkpoint; it is empty
+    before the first validation.
+    """
 
     step: int
     update: int
     failed_steps: int
-    adam_step: float
+    adam_steps: list[float]
     loss_scale: float
     identity: dict[str, Any]
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any], world: World, keep: int) -> str | None:
     """Publish a checkpoint on all ranks together; returns why it could not be written, or None.
 
     A failure (a full disk, say) leaves the older checkpoints as they are. Only after the new one is in place are all
-    but the newest `keep` removed.
+    but the newest `keep` and the best one removed.
     """
-    final = run_dir / "checkpoints" / f"step_{state.step:08d}"
+    final = run_dir / "checkpoints" / step_folder(state.step)
     folder = final.with_suffix(".tmp")
     written: dict[str, dict[str, Any]] = {}
     problem = _make_empty(folder) if world.is_main else None
@@ -84,10 +92,16 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
     problem = next((p for p, _ in reports if p), None)
     if world.is_main:
         files = {name: facts for _, part in reports for name, facts in part.items()}
-        problem = problem or _publish(folder, final, files, keep)
+        best = step_folder(state.best["step"]) if state.best else None
+        problem = problem or _publish(folder, final, files, keep, best)
         if problem:
             shutil.rmtree(folder, ignore_errors=True)
     return from_main(problem)
+
+
+def step_folder(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
 
 
 def _make_empty(folder: Path) -> str | None:
@@ -106,7 +120,26 @@ def _own_moments(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
             yield key, value
 
 
-def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: int) -> str | None:
+def note_best(state: RunState, trainer: TrainerConfig, values: dict[str, float]) -> bool:
+    """Write the value of `trainer.keep_best` into `state` where it is the best so far, and say whether it is.
+
+    The checkpoint of this step must then be saved. Raises CheckpointError, with the names that there are, where the
+    validation has no such metric.
+    """
+    metric = trainer.keep_best
+    if metric is None:
+        return False
+    if metric not in values:
+        raise CheckpointError(f"trainer.keep_best: validation has no '{metric}'; {nearest(metric, list(values))}")
+    value, sign = values[metric], -1 if trainer.keep_best_maximize else 1
+    known = state.best.get("metric") == metric
+    if math.isnan(value) or (known and sign * value >= sign * state.best["value"]):
+        return False
+    state.best = {"metric": metric, "value": value, "step": state.step}
+    return True
+
+
+def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: int, best: str | None) -> str | None:
     try:
         (folder / COMPLETE).write_text(json.dumps({"files": files}, indent=1))
         _make_durable(folder / COMPLETE)
@@ -115,7 +148,8 @@ def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: 
         folder.rename(final)
         _sync_folder(final.parent)
         for old in _steps(final.parent.parent)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         return f"{final}: {error}"
     return None
@@ -187,7 +221,10 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def load_state(checkpoint: Path) -> RunState:
     """Counters and the facts that a resumed run must agree with."""
-    return RunState(**json.loads((checkpoint / "state.json").read_text()))
+    values = json.loads((checkpoint / "state.json").read_text())
+    if "adam_step" in values:  # checkpoints from before parameter groups could be inactive
+        values["adam_steps"] = [values.pop("adam_step")]
+    return RunState(**values)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, OptimizerConfig
-from pretrain.method import Batch, Method, StepOutput
+from pretrain.method import Batch, Method, Progress, StepOutput
 from pretrain.training.precision import DTYPES
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -31,21 +32,32 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class SkippableAdamW(torch.optim.AdamW):
-    """Fused AdamW that leaves weights and moments alone where a gradient is not finite or `skip` says so.
+class SkippableAdam(torch.optim.Adam):
+    """Fused Adam or AdamW that leaves weights and moments alone where a gradient is not finite or `skip` says so.
 
     The decision stays on the device: torch's fused kernel reads it as `found_inf`, as it does for gradient scalers.
+    Groups whose entry `is_active` is False are passed over.
     """
 
     def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: OptimizerConfig) -> None:
-        betas = (config.betas[0], config.betas[1])
-        # The rate is set before every step from the schedule; zero until then.
-        super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+        super().__init__(
+            [{"lr_scale": 1.0, "is_active": True, **group} for group in groups],
+            lr=0.0,  # set before every step from the schedule
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            decoupled_weight_decay=config.name == "adamw",
+            fused=True,
+        )
         self.skip = torch.zeros((), device=device)
         self.found_inf = torch.zeros((), device=device)
 
     def step(self, closure: Any = None) -> None:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, in the active groups."""
+        for group in self.param_groups:
+            if not group["is_active"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         total = torch.stack(torch._foreach_norm(grads)).sum() if grads else self.skip.new_zeros(())
         self.found_inf = torch.maximum(self.skip, (~torch.isfinite(total)).float())
@@ -68,13 +80,33 @@ class Engine:
         if precision in DTYPES:
             # Inside the module, because DeepSpeed switches off an autocast that surrounds its forward.
             method.forward = torch.autocast(device.type, DTYPES[precision])(method.forward)  # type: ignore[method-assign]
-        self._adamw = SkippableAdamW(method.parameter_groups(), device, optimizer)
+        groups = method.parameter_groups()
+        # Functions stay here: DeepSpeed copies what the optimiser's groups hold.
+        self._active = [group.pop("active", None) for group in groups]
+        self._adam = SkippableAdam(groups, device, optimizer)
+        self._silence_inactive_groups()
         settings = _settings(deepspeed_config, optimizer.clip_norm)
-        self._engine = deepspeed.initialize(model=method, optimizer=self._adamw, config=settings)[0]
+        self._engine = deepspeed.initialize(model=method, optimizer=self._adam, config=settings)[0]
         self.zero_stage = self._engine.zero_optimization_stage()
         self.grad_norm = float("nan")  # of the last update, before clipping
         if precision == "fp16":
             self._scale_losses()
+        if any(self._active):
+            # A group that is inactive at first must have moments to save all the same.
+            self._make_moments()
+            self._set_group_steps([0.0] * len(groups))
+
+    def _silence_inactive_groups(self) -> None:
+        """Gradients of an inactive group are zero, so that they count nothing in the norm that clips the others."""
+        for group, active in zip(self._adam.param_groups, self._active, strict=True):
+            if active is not None:
+                for parameter in group["params"]:
+                    parameter.register_hook(partial(_unless_inactive, group))
+
+    def begin_update(self, progress: Progress) -> None:
+        """Settle which groups are trained at this update; called before its first forward."""
+        for group, active in zip(self._adam.param_groups, self._active, strict=True):
+            group["is_active"] = active is None or bool(active(progress))
 
     def _scale_losses(self) -> None:
         """fp16 autocast over fp32 weights: DeepSpeed sees fp32 and would not scale by itself."""
@@ -110,9 +142,9 @@ class Engine:
         `skip` is a () float tensor, nonzero where there is nothing to learn from. Reading the answer is the one
         moment of an update at which the host waits for the device; DeepSpeed waits there too, for the gradient norm.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.skip = skip
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._adam.skip = skip
         if self.zero_stage == 0:
             grads = [p.grad for _, p in self._trained() if p.grad is not None]
             self.grad_norm = float(torch.nn.utils.get_total_norm(grads))
@@ -122,7 +154,7 @@ class Engine:
         if self.zero_stage == 3:
             # DeepSpeed 0.19.8 would use this update's gradient again for a layer that the next update skips.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
-        return self._engine.was_step_applied() and not bool(self._adamw.found_inf)
+        return self._engine.was_step_applied() and not bool(self._adam.found_inf)
 
     @property
     def loss_scale(self) -> float:
@@ -145,20 +177,19 @@ class Engine:
             for moment in MOMENTS:
                 yield f"{name}/{moment}", self._moment(parameter, moment).cpu().contiguous()
 
-    def scalars(self) -> dict[str, float]:
-        """What resuming needs beside tensors: the optimiser's step count and the loss scale."""
-        return {"adam_step": self._adam_step(), "loss_scale": self.loss_scale}
+    def scalars(self) -> dict[str, Any]:
+        """What resuming needs beside tensors: the steps of each of the optimiser's groups and the loss scale."""
+        return {"adam_steps": self._group_steps(), "loss_scale": self.loss_scale}
 
-    def load_optimizer_state(self, read: Any, scalars: dict[str, float]) -> None:
+    def load_optimizer_state(self, read: Any, scalars: dict[str, Any]) -> None:
         """Put back what `optimizer_state` gave, at any world size and ZeRO stage; `read(key)` returns a tensor."""
         self._make_moments()
         self._link_moments()
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, read(f"{name}/{moment}"))
-        for state in self._adamw.state.values():
-            if "step" in state:
-                state["step"].fill_(scalars["adam_step"])
+        steps = scalars["adam_steps"]
+        self._set_group_steps(steps * len(self._active) if len(steps) == 1 else steps)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if scaler is not None and scaler.dynamic:
             scaler.cur_scale = scalars["loss_scale"]
@@ -171,7 +202,7 @@ class Engine:
         parameters = [parameter for _, parameter in self._trained()]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             self.backward(sum(p.sum() for p in parameters) * 0.0, last=True)
-        self.step(0.0, torch.zeros_like(self._adamw.skip))
+        self.step(0.0, torch.zeros_like(self._adam.skip))
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find every parameter's moments.
@@ -179,30 +210,52 @@ class Engine:
         ZeRO 1 and 2 (DeepSpeed 0.19.8) look for them once, after the first of several parameter groups has stepped,
         when the other groups have none yet.
         """
-        if self.zero_stage in (1, 2) and self._adamw.state:
+        if self.zero_stage in (1, 2) and self._adam.state:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        if not self._adamw.state:  # no update was applied yet
+        if not self._adam.state:  # no update was applied yet
             return torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
         if self.zero_stage:
             return safe_get_full_optimizer_state(parameter, moment)
-        return self._adamw.state[parameter][moment]
+        return self._adam.state[parameter][moment]
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        value = value.to(self._adamw.skip.device)
+        value = value.to(self._adam.skip.device)
         if self.zero_stage == 3:
             # The "full" setter reads past the end where ranks do not divide the size (DeepSpeed 0.19.8, stage3.py).
             safe_set_local_optimizer_state(parameter, _own_part(value), moment)
         elif self.zero_stage:
             safe_set_full_optimizer_state(parameter, value, moment)
         else:
-            self._adamw.state[parameter][moment].copy_(value)
+            self._adam.state[parameter][moment].copy_(value)
 
-    def _adam_step(self) -> float:
-        steps = [float(state["step"]) for state in self._adamw.state.values() if "step" in state]
-        return max(steps, default=0.0)
+    def _group_steps(self) -> list[float]:
+        """How often each parameter group was stepped: groups that were inactive for a while have fallen behind."""
+        counts = [[float(state["step"]) for state in states] for states in self._states_by_group()]
+        return [max(count, default=0.0) for count in counts]
+
+    def _set_group_steps(self, steps: list[float]) -> None:
+        for count, states in zip(steps, self._states_by_group(), strict=True):
+            for state in states:
+                state["step"].fill_(count)
+
+    def _states_by_group(self) -> list[list[dict[str, Tensor]]]:
+        """The optimiser's states that exist so far, by parameter group; ZeRO 3 cuts a group into several."""
+        if self.zero_stage == 3:
+            zero = self._engine.optimizer
+            by_group: list[list[Tensor]] = [[] for _ in self._adam.param_groups]
+            for index, part in enumerate(zero.fp32_partitioned_groups_flat):
+                by_group[zero.sub_group_to_group_id[index]].append(part)
+        else:
+            by_group = [group["params"] for group in self._adam.param_groups]
+        states = self._adam.state
+        return [[states[p] for p in parts if p in states and "step" in states[p]] for parts in by_group]
+
+
+def _unless_inactive(group: dict[str, Any], grad: Tensor) -> Tensor:
+    return grad if group["is_active"] else torch.zeros_like(grad)
 
 
 def _settings(deepspeed_config: dict[str, Any], clip_norm: float) -> dict[str, Any]:

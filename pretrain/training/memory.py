@@ -86,7 +86,8 @@ def probe_memory(
             # Running statistics and the like must not learn from the probe.
             with left_untouched(method):
                 with autocast(world.device, precision):
-                    loss = method(batch.to(world.device)).loss
+                    on_device = batch.to(world.device)
+                    loss = method(on_device).total(on_device)
                 loss.backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             seconds, steps = batch_config.seconds_per_micro_batch, batch_config.micro_batches_per_step

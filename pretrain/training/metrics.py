@@ -11,29 +11,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pretrain.method import Counts, Ratio
+from pretrain.method import Metric, Predictions, Ratio
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
 
 
 class Accumulator:
-    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one."""
+    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one.
 
-    def __init__(self) -> None:
+    `Predictions` are gathered where `validation` says so, and left out elsewhere.
+    """
+
+    def __init__(self, validation: bool = False) -> None:
+        self._validation = validation
         self._committed: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._kinds: dict[str, type] = {}
+        self._predictions: dict[str, list[Predictions]] = {}
 
-    def add(self, metrics: dict[str, Ratio | Counts]) -> None:
-        """Add one micro-batch; nothing leaves the device."""
+    def add(self, metrics: dict[str, Metric]) -> None:
+        """Add one micro-batch; nothing leaves the device but predictions at validation."""
         for name, value in metrics.items():
+            if isinstance(value, Predictions):
+                if self._validation:
+                    on_host = value.predictions.detach().float().cpu(), value.targets.detach().cpu()
+                    self._predictions.setdefault(name, []).append(Predictions(*on_host, value.score))
+                continue
             self._kinds[name] = type(value)
             if isinstance(value, Ratio):
                 weight = torch.as_tensor(value.weight, dtype=torch.float64)
@@ -57,7 +68,7 @@ class Accumulator:
         """Sum over ranks and reset: values by name, and the pooled histograms.
 
         A histogram `x` gives `x_perplexity`, the exponential of its entropy, and `x_used`, the share of its entries
-        that occurred. Every rank calls this with the same metrics.
+        that occurred. `Predictions` of all ranks are scored together. Every rank calls this with the same metrics.
         """
         values: dict[str, float] = {}
         histograms: dict[str, Tensor] = {}
@@ -72,7 +83,19 @@ class Accumulator:
                 values[f"{name}_perplexity"] = float(torch.exp(torch.special.entr(share).sum()))
                 values[f"{name}_used"] = float((share > 0).double().mean())
         self._committed = {}
+        for name, parts in sorted(self._predictions.items()):
+            values[name] = _score_of_all_ranks(parts)
+        self._predictions = {}
         return values, histograms
+
+
+def _score_of_all_ranks(parts: list[Predictions]) -> float:
+    """The score of the predictions of all ranks; NaN where there are none."""
+    own = torch.cat([p.predictions for p in parts]).numpy(), torch.cat([p.targets for p in parts]).numpy()
+    gathered: list[Any] = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    predictions, targets = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    return float(parts[0].score(predictions, targets)) if len(predictions) else math.nan
 
 
 class Throughput:

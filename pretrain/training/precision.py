@@ -147,7 +147,7 @@ def _distance(exact: Any, other: Any) -> float:
     Places where the exact output is infinite, as hidden scores are, count where the other one is finite.
     """
     if isinstance(exact, StepOutput):
-        exact, other = exact.loss, other.loss
+        exact, other = ((step.loss, step.mean, step.other_losses) for step in (exact, other))
     worst = 0.0
     for a, b in zip(_floats(exact), _floats(other), strict=True):
         a, b = a.double(), b.double()

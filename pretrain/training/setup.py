@@ -13,16 +13,20 @@ import torch
 from pretrain.config import ConfigError, RunConfig, typed
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
-from pretrain.data.transcripts import write_dictionary
+from pretrain.data.utterance_targets import write_dictionary
 from pretrain.method import Method, load_method
 from pretrain.training import checkpoint
 from pretrain.training.distributed import join_world, share_cores
 from pretrain.training.engine import Engine
 from pretrain.training.memory import probe_memory
 from pretrain.training.precision import checked_precision, resolve_precision
+from pretrain.training.run_log import Run
 from pretrain.training.schedule import build_schedule
 from pretrain.training.trainer import Trainer
+from pretrain.training.validation import Validation
 from pretrain.weights.read import initialise
+
+MAX_SHOWN = 8  # entries of a list in a sentence
 
 
 def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
@@ -38,7 +42,6 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     resolved = {**asdict(config), "method": asdict(method_config)}
     collator = method_class.collator(method_config)
     reader = planned_reader(config, corpus.train, collator, corpus.mix)
-    valid_reader = planned_reader(config, corpus.valid, collator) if corpus.valid else None
 
     if world.is_main:
         resources.enter_context(checkpoint.run_lock(config.run_dir))
@@ -47,9 +50,9 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     found, notes = checkpoint.find_resumable(config.run_dir, world)
     identity = _identity(resolved, corpus)
     if found is None:
-        state = checkpoint.RunState(0, 0, 0, 0.0, 1.0, identity)
+        state = checkpoint.RunState(0, 0, 0, [0.0], 1.0, identity)
         notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
-        method.begin(corpus.labels)
+        method.begin(corpus.found)
     else:
         state = checkpoint.load_state(found)
         checkpoint.check_identity(state.identity, identity, config.run_dir)
@@ -71,43 +74,54 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     engine = Engine(method, config.optimizer, config.deepspeed, precision, world.device)
     if found is not None:
         with checkpoint.moment_reader(found) as read:
-            engine.load_optimizer_state(read, {"adam_step": state.adam_step, "loss_scale": state.loss_scale})
+            engine.load_optimizer_state(read, {"adam_steps": state.adam_steps, "loss_scale": state.loss_scale})
     if world.is_main:
         _keep_kmeans(corpus.kmeans_dir, config.run_dir / "kmeans")
-        if corpus.symbols:
-            write_dictionary(config.run_dir / "dict.phones.txt", corpus.symbols)
-    notes = [*corpus.facts, *notes]
-    return Trainer(config, resolved, engine, schedule, reader, valid_reader, state, world, notes, corpus.notes)
+        for name, info in corpus.found.items():
+            if info.names:
+                write_dictionary(config.run_dir / f"dict.{name}.txt", info.names)
+    run = Run(config, resolved, schedule, world, [*corpus.facts, *notes], corpus.notes)
+    trainer = Trainer(run, engine, reader, state)
+    if corpus.valid:
+        valid_reader = planned_reader(config, corpus.valid, collator)
+        trainer.validation = Validation(valid_reader, world, config.trainer.max_validation_batches, config.data.workers)
+    return trainer
 
 
 def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method], Any, Corpus]:
-    """The method's class, its configuration fitted to the labels and transcripts of this run, and the data.
+    """The method's class, its configuration fitted to the targets of this run, and the data.
 
     Without `with_labels` no label directory is opened, and the configuration keeps the recipe's classes. Raises
     ConfigError where utterances with transcripts would be cropped.
     """
     method_class: type[Method] = load_method(config.method["name"]).Method
     method_config = typed(method_class.Config, config.method, "method")
-    transcripts = method_class.needs_transcripts(method_config)
-    if transcripts and not config.crop.whole:
+    wanted = method_class.targets(method_config)
+    if any(spec.kind == "symbols" for spec in wanted) and not config.crop.whole:
         raise ConfigError(
             "crop.whole: is false, but this recipe trains on transcripts of whole utterances; set it true"
         )
-    classes = method_class.label_classes(method_config) if with_labels else []
+    specs = [spec for spec in wanted if with_labels or spec.kind != "frames"]
     by_speaker = config.batch.within == "speaker"
-    corpus = open_corpus(
-        config.data,
-        classes,
-        Path(config.output_dir),
-        by_speaker=by_speaker,
-        with_transcripts=transcripts,
-        label_source=method_class.label_source(method_config),
-    )
-    if corpus.labels:
-        method_config = method_class.adapt(method_config, corpus.labels)
-    if corpus.symbols:
-        method_config = method_class.adapt_transcripts(method_config, corpus.symbols)
+    corpus = open_corpus(config.data, specs, Path(config.output_dir), by_speaker=by_speaker)
+    if specs and len(specs) == len(wanted):
+        fitted = method_class.fit_to_targets(method_config, corpus.found)
+        corpus.facts += changed_options(asdict(method_config), asdict(fitted))
+        method_config = fitted
     return method_class, method_config, corpus
+
+
+def changed_options(before: dict[str, Any], after: dict[str, Any], prefix: str = "method") -> list[str]:
+    """A sentence for every option that the data changed: a run trains what its recipe says and what was found."""
+    lines = []
+    for name, value in after.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            lines += changed_options(old, value, f"{prefix}.{name}")
+        elif value != old:
+            shown = f"{len(value)} names" if isinstance(value, list) and len(value) > MAX_SHOWN else value
+            lines.append(f"{prefix}.{name}: {old} in the recipe, {shown} by the data")
+    return lines
 
 
 def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:

@@ -6,124 +6,111 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.config import RunConfig
-from pretrain.data.audio import SAMPLE_RATE, AudioError
+from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
 from pretrain.method import Batch, Progress
 from pretrain.models.batch_norm import settle_statistics
 from pretrain.training import checkpoint
-from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
 from pretrain.training.health import HealthMonitor, HopelessRun
-from pretrain.training.metrics import Accumulator, Reporter, Throughput, short
+from pretrain.training.metrics import Accumulator, Throughput
 from pretrain.training.profiling import UpdateProfiler
-from pretrain.training.schedule import Schedule
+from pretrain.training.run_log import Run, RunLog
+from pretrain.training.validation import Validation
 from pretrain.weights.export import ExportConfig, export
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command goes on
-MIN_ROWS_FOR_BAD_SHARE = 200
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of one step: units of the loss and, for each other loss, their ratio to its own units."""
+
+    units: torch.Tensor
+    ratios: dict[str, torch.Tensor]
+    nothing_to_score: torch.Tensor
+    flags: torch.Tensor  # on the device: wishes to stop and to save, unreadable rows, rows
+
+    def scale(self, ranks: int) -> torch.Tensor:
+        """What the sum of one micro-batch is multiplied by; DeepSpeed averages over the ranks."""
+        return ranks / self.units.clamp(min=1)
 
 
 class Trainer:
     """One run of one method; knows no method by name."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        resolved: dict[str, Any],
-        engine: Engine,
-        schedule: Schedule,
-        reader: MicroBatchReader,
-        valid_reader: MicroBatchReader | None,
-        state: checkpoint.RunState,
-        world: World,
-        notes: list[str],
-        reminders: list[str],
-    ) -> None:
-        """`notes` are said at the start, `reminders` first of all and again at the end."""
-        self.config = config
-        self.resolved = resolved
-        self.engine = engine
-        self.schedule = schedule
-        self.reader = reader
-        self.valid_reader = valid_reader
-        self.state = state
-        self.world = world
-        self.notes = [*reminders, *notes]
-        self.reminders = reminders
-        self.accumulation = config.batch.accumulation(world.size)
-        self.last_update = min(schedule.total_updates, config.trainer.stop_after_updates or schedule.total_updates)
+    def __init__(self, run: Run, engine: Engine, reader: MicroBatchReader, state: checkpoint.RunState) -> None:
+        self.run, self.engine, self.reader, self.state = run, engine, reader, state
+        self.config, self.world = run.config, run.world
+        self.accumulation = self.config.batch.accumulation(self.world.size)
+        self.validation: Validation | None = None
         self.metrics = Accumulator()
-        self.throughput = Throughput(world.device, world.size)
-        self.health = HealthMonitor(config.optimizer.clip_norm)
-        self.reporter: Reporter | None = None
+        self.throughput = Throughput(self.world.device, self.world.size)
+        self.health = HealthMonitor(self.config.optimizer.clip_norm)
+        self.log = RunLog(run)
         self._stop = False
-        self._rows_read = self._bad_rows = 0
         self._saved_at = time.monotonic()
 
     def fit(self) -> int:
         """Train to the last update or until a signal; returns the process' exit status."""
         with ExitStack() as stack:
-            self._handle_signals(stack)
-            if self.world.is_main:
-                total = self.last_update * self.config.batch.micro_batches_per_step
-                done = self.state.update * self.config.batch.micro_batches_per_step
-                self.reporter = Reporter(self.config.run_dir, total, done, self.state.update)
-                stack.callback(self.reporter.close)
-            self._say(*self._opening())
-            if self.reporter and self.reader.plan.shares:
-                shares = [share.scalars() for share in self.reader.plan.shares]
-                self.reporter.scalars({k: v for share in shares for k, v in share.items()}, self.state.update, "data")
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, self._ask_to_stop))
+            stack.enter_context(self.log.opened(self.state.update))
+            method = self.engine.method
+            self.log.opening(method, method.encoder, self.reader.plan, self.state.update)
             profiler = None
             if self.config.trainer.profile:
                 profiler = stack.enter_context(UpdateProfiler(self.config.run_dir, self.world.rank, self.world.device))
-            status = self._loop(profiler)
-            if self.state.update >= self.last_update and self.world.is_main:
-                self._export()
-            self._say(*self._closing(status))
+            outcome, status = self._loop(profiler)
+            if self.state.update >= self.run.last_update and self.world.is_main:
+                folder = self.config.run_dir / "export"
+                export(ExportConfig(checkpoint=str(self.config.run_dir), output=str(folder)))
+                self.log.say(f"exported to {folder}")
+            self.log.closing(outcome, self.state.update)
         return status
 
-    def _export(self) -> None:
-        """The finished run in the native format, for `Upstream`."""
-        run_dir = self.config.run_dir
-        export(ExportConfig(checkpoint=str(run_dir), output=str(run_dir / "export")))
-        self._say(f"exported to {run_dir / 'export'}")
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
 
-    def _loop(self, profiler: UpdateProfiler | None) -> int:
+    def _loop(self, profiler: UpdateProfiler | None) -> tuple[str, int]:
+        """Every step and what follows it; how the run ended, and the exit status."""
         before = self.state.update
         for stop, save in self.steps():
             if profiler is not None and profiler.update_done():
-                self._say(f"profile of {self.state.update} updates in {profiler.folder}")
-                return 0
+                return f"profile of {self.state.update - before} updates written to {profiler.folder}, then ended", 0
             update, trainer = self.state.update, self.config.trainer
-            done, advanced = update >= self.last_update, update > before
+            done, advanced = update >= self.run.last_update, update > self._last_seen
             if advanced and (update % trainer.log_every == 0 or done):
-                self._log()
-            if advanced and self.valid_reader and (update % trainer.validate_every == 0 or done):
-                self._validate()
-            if stop or save or done or (advanced and update % trainer.save_every == 0):
+                self._report()
+            is_best = False
+            if advanced and self.validation and (update % trainer.validate_every == 0 or done):
+                is_best = self._validate()
+            if stop or save or done or is_best or (advanced and update % trainer.save_every == 0):
                 self._save(last=stop or done)
             if stop and not done:
-                return EXIT_STOPPED
-            before = update
-        return 0
+                return "stopped by a signal; the same command goes on", EXIT_STOPPED
+            self._last_seen = update
+        return "finished", 0
 
     def steps(self) -> Iterator[tuple[bool, bool]]:
         """Step after step up to the last update; after each, whether a signal asked to stop, and whether to save."""
+        self._last_seen = self.state.update
         micro_batches = self.config.batch.micro_batches_per_step
         order = rank_share(self.reader.plan, self.state.step, micro_batches, self.world.rank, self.world.size)
         incoming = batches(self.reader, order, self.config.data.workers, self.world.device.type == "cuda")
-        upcoming = [next(incoming) for _ in range(self.accumulation)] if self.state.update < self.last_update else []
+        goes_on = self.state.update < self.run.last_update
+        upcoming = [next(incoming) for _ in range(self.accumulation)] if goes_on else []
         self.throughput.restart()
-        while self.state.update < self.last_update:
+        while self.state.update < self.run.last_update:
             upcoming, stop, save = self._step(upcoming, incoming)
             yield stop, save
 
@@ -132,20 +119,22 @@ class Trainer:
         engine, state, world = self.engine, self.state, self.world
         engine.method.train()
         engine.method.before_step(self._progress())
-        units, flags = self._agree(current)
+        engine.begin_update(self._progress())
+        agreed = self._agree(current)
         upcoming: list[Batch] = []
         for index, batch in enumerate(current):
             if self._interrupted():
                 return [], True, True
             self._seed_network(index * world.size + world.rank)
             output = engine.forward(batch.to(world.device))
-            engine.backward(output.loss * (world.size / units.clamp(min=1)), last=index == self.accumulation - 1)
+            loss = output.total(batch, agreed.ratios)
+            engine.backward(loss * agreed.scale(world.size), last=index == self.accumulation - 1)
             self.metrics.add(output.metrics)
             self._count(batch)
             # Taken one by one while the device works, so that the next step never waits for all of its batches.
             upcoming.append(next(incoming))
-        lr = self.config.optimizer.lr * self.schedule.factor(state.update)
-        applied = engine.step(lr, skip=(units == 0).float())
+        lr = self.config.optimizer.lr * self.run.schedule.factor(state.update)
+        applied = engine.step(lr, skip=agreed.nothing_to_score.float())
         settle_statistics(engine.method, applied)
         state.step += 1
         if applied:
@@ -155,22 +144,23 @@ class Trainer:
             self.metrics.commit()
         else:
             self._refused(current)
-        stop, save, bad_rows, rows = flags.tolist()
-        self._check_bad_share(int(bad_rows), int(rows))
+        stop, save, bad_rows, rows = agreed.flags.tolist()
+        self.log.check_bad_share(int(bad_rows), int(rows))
         return upcoming, stop > 0, save > 0
 
-    def _agree(self, current: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over ranks, on the device: units of this step; wishes to stop and to save, unreadable rows, rows."""
-        for batch in current:
-            self._rows_read += len(batch.rows)
-            self._bad_rows += len(batch.problems)
-            for problem in batch.problems:
-                self._report_bad_row(problem)
+    def _agree(self, current: list[Batch]) -> Agreement:
+        """Sum over ranks, on the device, what every rank must know before the first forward."""
+        bad_rows, rows = self.log.count_rows(current)
         due = self.world.is_main and time.monotonic() - self._saved_at > 60 * self.config.trainer.save_minutes
-        numbers = [sum(b.sample_size for b in current), self._stop, due, self._bad_rows, self._rows_read]
+        names = sorted(current[0].other_sizes)
+        units = [sum(b.sample_size for b in current), *(sum(b.other_sizes[name] for b in current) for name in names)]
+        numbers = [*units, self._stop, due, bad_rows, rows]
         shared = torch.tensor(numbers, dtype=torch.float64).to(self.world.device, non_blocking=True)
         dist.all_reduce(shared)
-        return shared[0].float(), shared[1:]
+        summed, flags = shared[: len(units)].float(), shared[len(units) :]
+        divisors = summed.clamp(min=1)
+        ratios = {name: divisors[0] / divisors[index] for index, name in enumerate(names, start=1)}
+        return Agreement(summed[0], ratios, summed.sum() == 0, flags)
 
     def _interrupted(self) -> bool:
         """Whether to leave in the middle of an update; its micro-batches come again after the restart.
@@ -193,15 +183,14 @@ class Trainer:
         samples = batch.waveforms.shape[1]
         flops = self.engine.method.training_flops(samples) * len(batch.rows)
         self.throughput.add(len(batch.rows) * samples / SAMPLE_RATE * self.world.size, flops * self.world.size)
-        if self.reporter:
-            self.reporter.bar.update(self.world.size)
+        self.log.micro_batch_done()
 
     def _refused(self, current: list[Batch]) -> None:
         """An update without a finite gradient, or without anything to learn from: its data are passed over."""
         self.metrics.roll_back()
         self.state.failed_steps += 1
         paths = [self.reader.manifest.path(int(row)) for batch in current for row in batch.rows]
-        self._say(
+        self.log.say(
             f"step {self.state.step}: gradient not finite or nothing to score; weights unchanged "
             f"({self.state.failed_steps} in a row); first files: {', '.join(paths[:3])}"
         )
@@ -213,132 +202,39 @@ class Trainer:
                 f"files of the last one are in {listing}; lower optimizer.lr, or use precision=fp32"
             )
 
-    def _report_bad_row(self, problem: str) -> None:
-        with (self.config.run_dir / f"bad_audio_rank{self.world.rank}.txt").open("a") as file:
-            file.write(problem + "\n")
-
-    def _check_bad_share(self, bad_rows: int, rows: int) -> None:
-        limit = self.config.data.max_bad_share
-        if rows >= MIN_ROWS_FOR_BAD_SHARE and bad_rows > limit * rows:
-            raise AudioError(
-                f"{self.config.run_dir}/bad_audio_rank*.txt: {bad_rows} of {rows} files read could not be used, more "
-                f"than data.max_bad_share={limit:g}; repair them or run tools/prepare_manifest.py again"
-            )
-
-    def _log(self) -> None:
+    def _report(self) -> None:
+        """One log interval: reduce, look at the health, write the curves."""
         values, histograms = self.metrics.reduce()
         values["gradient_norm"] = self.engine.grad_norm
         lines = self.health.check(self.state.update, values) if self.config.trainer.health else []
-        values["optimizer/learning_rate"] = self.config.optimizer.lr * self.schedule.factor(self.state.update)
+        values["optimizer/learning_rate"] = self.config.optimizer.lr * self.run.schedule.factor(self.state.update)
         values["optimizer/loss_scale"] = self.engine.loss_scale
         values |= self.throughput.report()
-        self._say(*lines)
-        if self.reporter:
-            self.reporter.scalars(values, self.state.update, "train")
-            for name, counts in histograms.items():
-                self.reporter.histogram(f"train/{name}", counts, self.state.update)
-            accuracy = next((name for name in sorted(values) if name.startswith("accuracy")), "")
-            shown = ["loss", accuracy, "speed/audio_hours_per_hour", "speed/share_of_peak", "memory/peak_gb"]
-            self.reporter.bar.set_postfix(update=self.state.update, **short(values, shown))
+        self.log.say(*lines)
+        self.log.training(values, histograms, self.state.update)
 
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """The same micro-batches, masks and crops at every validation, shared out over the ranks."""
-        assert self.valid_reader is not None
-        plan, world = self.valid_reader.plan, self.world
-        count = min(plan.batches_per_epoch, self.config.trainer.max_validation_batches)
-        # Every rank runs as many forwards; what is beyond the end is not counted (ZeRO 3 communicates in forward).
-        rounds = -(-count // world.size)
-        indices = [round_ * world.size + world.rank for round_ in range(rounds)]
-        order = [plan.micro_batch(index % count) for index in indices]
-        method, metrics = self.engine.method, Accumulator()
-        method.eval()
-        for index, batch in zip(
-            indices, batches(self.valid_reader, order, self.config.data.workers, False), strict=True
-        ):
-            on_device = batch.to(world.device)
-            output = self.engine.forward(on_device)
-            if index < count:
-                metrics.add(output.metrics)
-            elif index < world.size:
-                metrics.add({name: _nothing_of(value) for name, value in output.metrics.items()})
-        figures = self.engine.figures(on_device)
-        metrics.commit()
-        values, _ = metrics.reduce()
-        if self.reporter:
-            self.reporter.scalars(values, self.state.update, "validation")
-            self.reporter.figures(figures, self.state.update)
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self._say(f"update {self.state.update}: validation: {numbers}")
+    def _validate(self) -> bool:
+        """Validate and write the curves; whether `trainer.keep_best` was never better."""
+        assert self.validation is not None
+        values, figures = self.validation.run(self.engine)
+        self.log.validation(values, figures, self.state.update)
         self.throughput.restart()
+        return checkpoint.note_best(self.state, self.config.trainer, values)
 
     def _save(self, last: bool) -> None:
         """Raises CheckpointError where the process' last checkpoint cannot be written: it must not seem finished."""
         scalars = self.engine.scalars()
-        self.state.adam_step, self.state.loss_scale = scalars["adam_step"], scalars["loss_scale"]
+        self.state.adam_steps, self.state.loss_scale = scalars["adam_steps"], scalars["loss_scale"]
         keep = self.config.trainer.keep_checkpoints
-        problem = checkpoint.save(self.config.run_dir, self.engine, self.state, self.resolved, self.world, keep)
+        problem = checkpoint.save(self.config.run_dir, self.engine, self.state, self.run.resolved, self.world, keep)
         if problem and last:
             raise checkpoint.CheckpointError(
                 f"{problem}; the older checkpoints are intact: make room, and the same command goes on from the newest"
             )
         if problem:
-            self._say(f"CHECKPOINT NOT WRITTEN, the older ones are intact, training goes on: {problem}")
+            self.log.say(f"CHECKPOINT NOT WRITTEN, the older ones are intact, training goes on: {problem}")
         self._saved_at = time.monotonic()
         self.throughput.restart()
 
     def _progress(self) -> Progress:
-        return Progress(self.state.update, self.schedule.total_updates, self.config.seed)
-
-    def _handle_signals(self, stack: ExitStack) -> None:
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, ask_to_stop))
-
-    def _opening(self) -> list[str]:
-        """What the run is, before it starts."""
-        plan, batch = self.reader.plan, self.config.batch
-        method = self.engine.method
-        published = batch.seconds_per_micro_batch * batch.micro_batches_per_step
-        seconds = plan.seconds_per_epoch / plan.batches_per_epoch * batch.micro_batches_per_step
-        epochs = self.schedule.total_updates * batch.micro_batches_per_step / plan.batches_per_epoch
-        lines = [
-            *self.notes,
-            f"{self.config.recipe}: encoder {_millions(method.encoder)}, method {_millions(method)} parameters; "
-            f"{self.world.size} rank(s) on {self.world.device.type}, {self.accumulation} micro-batches each an update",
-            f"{len(plan.rows)} utterances, {plan.seconds_per_epoch / 3600:.2f} h per epoch after cropping "
-            f"({plan.kept_share:.1%} kept); {seconds:.0f} s of audio per update, {epochs:.1f} epochs in "
-            f"{self.schedule.total_updates} updates",
-            *(share.sentence() for share in plan.shares),
-        ]
-        if seconds < 0.6 * published:
-            lines.append(
-                f"WARNING: the recipe means {published:.0f} s of audio per update, this corpus gives {seconds:.0f} s: "
-                "its utterances are too few, or long beside batch.seconds_per_micro_batch"
-            )
-        return lines
-
-    def _closing(self, status: int) -> list[str]:
-        run_dir = self.config.run_dir
-        outcome = "stopped by a signal; the same command goes on" if status == EXIT_STOPPED else "finished"
-        return [
-            f"{outcome}: update {self.state.update} of {self.schedule.total_updates}; checkpoints in "
-            f"{run_dir / 'checkpoints'}, curves in {run_dir / 'tensorboard'}",
-            *reversed(self.reminders),
-        ]
-
-    def _say(self, *lines: str) -> None:
-        if self.reporter:
-            for line in lines:
-                self.reporter.text(line)
-
-
-def _nothing_of(value: Any) -> Any:
-    """A metric of the same kind that counts nothing, for a rank that has no batch of its own."""
-    return type(value)(*(torch.zeros_like(torch.as_tensor(part, dtype=torch.float64)) for part in value))
-
-
-def _millions(module: torch.nn.Module) -> str:
-    return f"{sum(getattr(p, 'ds_numel', p.numel()) for p in module.parameters()) / 1e6:.2f} M"
+        return Progress(self.state.update, self.run.schedule.total_updates, self.config.seed)

@@ -18,7 +18,7 @@ from pretrain.config import ConfigError
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
-from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, Method, Metric, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
@@ -168,7 +168,7 @@ class ApcMethod(Method):
         prediction = self.predict(present, scored)
         dim = target.shape[2]
         loss = l1_sum(prediction.frames, target, valid) / dim
-        metrics: dict[str, Ratio | Counts] = {
+        metrics: dict[str, Metric] = {
             "error_copy_last": Ratio(l1_sum(present, target, valid) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
             "error_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
@@ -176,13 +176,13 @@ class ApcMethod(Method):
         if prediction.codes is not None:
             counts = self.encoder.quantizer.counts(prediction.codes, None if valid is None else valid.squeeze(2))
             metrics |= {f"codes_{group}": Counts(total) for group, total in enumerate(counts)}
+        output = StepOutput(loss, metrics)
         if self.past is not None:
             past = self._past_error(features, prediction.hidden, batch.extras)
             metrics |= {"loss_future": Ratio(loss.detach(), units), "loss_past": Ratio(past.detach(), 1.0)}
-            # The auxiliary loss is a mean; times the unit count it survives the trainer's division as a mean.
-            loss = loss + self.config.past.weight * past * units
-        metrics["loss"] = Ratio(loss.detach(), units)
-        return StepOutput(loss, metrics)
+            output = output._replace(mean=self.config.past.weight * past)
+        metrics["loss"] = Ratio(output.total(batch).detach(), units)
+        return output
 
     def _past_error(self, features: Tensor, hidden: Tensor, extras: dict[str, Tensor]) -> Tensor:
         """() mean absolute error of the segments before the anchors; zero without anchors."""

@@ -83,7 +83,7 @@ def test_loss_and_gradients_equal_s3prl(official: Official) -> None:
 
 def collate(method: ApcMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
     rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, [], np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
+    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
     return method.collator(method.config)(examples)
 
 
@@ -95,7 +95,7 @@ def test_a_step_from_waveforms_equals_s3prls_step() -> None:
     peer = S3prlApc(method.config)
     state = interop.TABLE.to_theirs(dict(method.encoder.state_dict()))
     peer.model.load_state_dict(state | {key: method.state_dict()[key] for key in interop.HEAD_KEYS})
-    ours, theirs = method(batch).loss, peer(batch)
+    ours, theirs = method(batch).total(batch), peer(batch)
     assert batch.sample_size == 2 * (168 - 5)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     gradients = torch.autograd.grad(ours, method.encoder.rnn_layers[0].weight_hh_l0)[0]
@@ -142,12 +142,12 @@ def test_a_prediction_does_not_see_the_future() -> None:
 def test_bf16_follows_fp32() -> None:
     method = build("vq_apc_360hr", *SMALL, "method.encoder.quantizer.code_dims=[48]").eval()
     batch = collate(method, *two_waveforms())
-    exact = method(batch).loss.item()
+    exact = method(batch).total(batch).item()
     with torch.autocast("cpu", torch.bfloat16):
         output = method.train()(batch)
         rounded = method.eval()(batch).loss.item()
-    output.loss.backward()
-    assert output.loss.dtype == torch.float32
+    output.total(batch).backward()
+    assert output.total(batch).dtype == torch.float32
     assert rounded == pytest.approx(exact, rel=1e-2)
     assert all(torch.isfinite(p.grad).all() for p in method.parameters())
 
@@ -192,11 +192,13 @@ def test_the_loss_adds_what_the_second_gru_says_of_the_past() -> None:
     past = torch.stack(errors).mean().item()
     assert value(output, "loss_past") == pytest.approx(past, rel=1e-5)
     assert value(output, "loss") == pytest.approx(value(output, "loss_future") + 0.5 * past, rel=1e-5)
-    assert output.loss.item() == pytest.approx(value(output, "loss") * batch.sample_size, rel=1e-6)
+    assert output.total(batch).item() == pytest.approx(value(output, "loss") * batch.sample_size, rel=1e-6)
     # The past reaches the first GRU, through the states of the anchors.
     without = past_method(weight=1e-9).train()
     without.load_state_dict(method.state_dict())
-    gradients = [torch.autograd.grad(m(batch).loss, m.encoder.rnn_layers[0].weight_hh_l0)[0] for m in (method, without)]
+    gradients = [
+        torch.autograd.grad(m(batch).total(batch), m.encoder.rnn_layers[0].weight_hh_l0)[0] for m in (method, without)
+    ]
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[1].norm()
 
 
@@ -261,7 +263,7 @@ def learn(method: ApcMethod, batches: list[Batch]) -> StepOutput:
     optimizer = torch.optim.AdamW(method.train().parameters(), lr=8e-3, weight_decay=0.0)
     for batch in batches[:-1]:
         optimizer.zero_grad()
-        (method(batch).loss / batch.sample_size).backward()
+        (method(batch).total(batch) / batch.sample_size).backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), 5.0)
         optimizer.step()
     return method.eval()(batches[-1])

@@ -63,7 +63,7 @@ class Official:
         """Our collator's batch of the official waveforms, with the official negatives."""
         waveforms = self.tensors["in.wav"]
         batch = self.method.collator(self.method.config)(
-            [Example(row, i, 0, [], np.random.default_rng(i)) for i, row in enumerate(waveforms)]
+            [Example(row, i, 0, {}, np.random.default_rng(i)) for i, row in enumerate(waveforms)]
         )
         batch.extras["negatives"] = self.tensors["in.negatives"].unsqueeze(0)
         return batch
@@ -141,7 +141,7 @@ def test_published_sizes(recipe: str, encoder: int, heads: int) -> None:
 
 def example(row: int, samples: int) -> Example:
     rng = np.random.default_rng(row)
-    return Example(torch.from_numpy(0.1 * rng.standard_normal(samples, dtype=np.float32)), row, 0, [], rng)
+    return Example(torch.from_numpy(0.1 * rng.standard_normal(samples, dtype=np.float32)), row, 0, {}, rng)
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(16_000, 100), (20_480, 128), (48_000, 300), (16_079, 100)])

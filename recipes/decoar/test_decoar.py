@@ -17,7 +17,7 @@ from recipes.decoar.method import DecoarMethod, nearer_end
 
 def collate(method: DecoarMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
     examples = [
-        Example(waveform[:length], row, 0, [], np.random.default_rng(row))
+        Example(waveform[:length], row, 0, {}, np.random.default_rng(row))
         for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
     ]
     return method.collator(method.config)(examples)

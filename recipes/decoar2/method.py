@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pretrain.config import ConfigError
 from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, Method, Metric, Progress, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.alterations import last_visible
 from pretrain.objectives.collate import stack_waveforms
@@ -173,22 +173,21 @@ class Decoar2Method(Method):
         dim = truth.shape[1]
         reconstruction = l1_sum(predictions, truth) / dim
         entries = self.config.latent_groups * self.config.latent_vars
-        # The diversity is a mean; times the unit count it survives the trainer's division as a mean.
-        diversity = self.config.diversity_weight * (entries - quantized.prob_perplexity) / entries * units
-        loss = reconstruction + diversity
-        metrics: dict[str, Ratio | Counts] = {
-            "loss": Ratio(loss.detach(), units),
+        diversity = self.config.diversity_weight * (entries - quantized.prob_perplexity) / entries
+        metrics: dict[str, Metric] = {
             "loss_reconstruction": Ratio(reconstruction.detach(), units),
-            "loss_diversity": Ratio(diversity.detach(), units),
+            "loss_diversity": Ratio.of_mean(diversity, units),
             "error_copy_last": Ratio(l1_sum(copied, truth) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
             "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth) / dim, units),
             "prob_perplexity": Ratio(quantized.prob_perplexity.detach(), 1.0),
-            "temperature": Ratio(loss.detach().new_full((), self.quantizer.temperature), 1.0),
+            "temperature": Ratio(diversity.new_full((), self.quantizer.temperature), 1.0),
         }
         for group, counts in enumerate(quantized.counts):
             metrics[f"codes_{group}"] = Counts(counts)
-        return StepOutput(loss, metrics)
+        output = StepOutput(reconstruction, metrics, mean=diversity)
+        metrics["loss"] = Ratio(output.total(batch).detach(), units)
+        return output
 
     def training_flops(self, samples: int) -> float:
         """Encoder, and quantizer and reconstruction at the hidden frames."""

@@ -18,7 +18,7 @@ from recipes.decoar2.method import Decoar2Method
 
 def collate(method: Decoar2Method, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
     examples = [
-        Example(waveform[:length], row, 0, [], np.random.default_rng([seed, row]))
+        Example(waveform[:length], row, 0, {}, np.random.default_rng([seed, row]))
         for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
     ]
     return method.collator(method.config)(examples)
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_the_formulas_on_a_padded_batch() -> None:
     for name, term in expected.items():
         assert value(output, name) == pytest.approx(term.item(), rel=1e-4), name
     total = expected["loss_reconstruction"] + expected["loss_diversity"]
-    assert output.loss.item() == pytest.approx(batch.sample_size * total.item(), rel=1e-4)
+    assert output.total(batch).item() == pytest.approx(batch.sample_size * total.item(), rel=1e-4)
     named = dict(method.named_parameters())
     names = [
         "mask_emb",
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_the_formulas_on_a_padded_batch() -> None:
         "encoder.encoder.layers.0.fc1.weight",
     ]
     parameters = [named[name] for name in names]
-    ours = torch.autograd.grad(output.loss / batch.sample_size, parameters)
+    ours = torch.autograd.grad(output.total(batch) / batch.sample_size, parameters)
     theirs = torch.autograd.grad(total, parameters)
     for name, gradient, reference in zip(names, ours, theirs, strict=True):
         assert reference.norm() > 0, name

@@ -20,7 +20,7 @@ from pretrain.data.labels import LabelError
 from pretrain.labelling.tokens.dictionary import TokenDictionary
 from pretrain.labelling.tokens.tokenizer import build_tokenizer, load_tokenizer, tokenizer_of
 from pretrain.losses.masked_prediction import class_histogram, prediction_loss
-from pretrain.method import Batch, Counts, Example, LabelInfo, LabelSource, Method, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, LabelSource, Method, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.kernels import LayerNorm, Linear, linear
 from pretrain.objectives.collate import silent_waveforms
 from recipes.discrete_bert.encoder import (
@@ -38,6 +38,7 @@ from recipes.discrete_bert.masking import TokenMask
 
 # The classes of a token directory are <unk> and the pairs: the vocabulary without <s>, <pad>, </s> and <mask>.
 NO_CLASSES = 4
+TOKENS = "tokens"  # the target
 MFCC_CLUSTERS = 100  # at most, on the embedded sample
 
 
@@ -97,7 +98,7 @@ class DiscreteBertCollator:
         """(L,) int64: <s>, the tokens of the crop's frames, </s>. Raises ConfigError where they are too many."""
         frames = max(0, (len(example.waveform) - self.receptive_field_samples) // self.stride_samples + 1)
         first = example.start // self.stride_samples
-        inner = np.asarray(example.labels[0][first : first + frames], dtype=np.int64) + UNK
+        inner = np.asarray(example.targets[TOKENS][first : first + frames], dtype=np.int64) + UNK
         if len(inner) + 2 > self.max_positions:
             raise ConfigError(
                 f"crop.max_seconds: a row of {len(inner) + 2} tokens exceeds method.encoder.max_positions "
@@ -170,13 +171,10 @@ class DiscreteBertMethod(Method):
         self.lm_head = LanguageModelHead(config.encoder.encoder_embed_dim, config.encoder.vocab_size)
 
     @classmethod
-    def label_classes(cls, config: DiscreteBertConfig) -> list[int]:
-        """One label set: the dictionary's pairs and <unk>."""
-        return [config.encoder.vocab_size - NO_CLASSES]
-
-    @classmethod
-    def label_source(cls, config: DiscreteBertConfig) -> LabelSource:
-        """tools/quantize.py; on the sample, k-means on MFCC takes the quantizer's place."""
+    def targets(cls, config: DiscreteBertConfig) -> list[TargetSpec]:
+        """One label set, of the dictionary's pairs and <unk>, made by tools/quantize.py; on the sample, k-means on MFCC
+        takes the quantizer's place.
+        """
 
         def make(data_dir: Path, output_dir: Path) -> Path:
             from pretrain.labelling.tokens.generate import (
@@ -187,15 +185,16 @@ class DiscreteBertMethod(Method):
             return ensure_kmeans_tokens(data_dir, output_dir, clusters)
 
         command = "python tools/quantize.py checkpoint=<a trained vq-wav2vec> data.dir={dir}"
-        return LabelSource("tokens by k-means on MFCC", command, make)
+        source = LabelSource("tokens by k-means on MFCC", command, make)
+        return [TargetSpec(TOKENS, "frames", config.encoder.vocab_size - NO_CLASSES, source=source)]
 
     @classmethod
-    def adapt(cls, config: DiscreteBertConfig, labels: list[LabelInfo]) -> DiscreteBertConfig:
+    def fit_to_targets(cls, config: DiscreteBertConfig, found: dict[str, TargetInfo]) -> DiscreteBertConfig:
         """Take the vocabulary from the tokens, and the tokenizer from the directory that they lie in.
 
         Raises LabelError for labels that no tokenizer came with.
         """
-        info = labels[0]
+        info = found[TOKENS]
         encoder = replace(config.encoder, vocab_size=info.num_classes + NO_CLASSES)
         if info.directory is not None:
             encoder.tokenizer = TokenizerConfig(*tokenizer_of(info.directory))
@@ -214,12 +213,12 @@ class DiscreteBertMethod(Method):
             token_mask=config.token_mask,
         )
 
-    def begin(self, labels: list[LabelInfo]) -> None:
+    def begin(self, found: dict[str, TargetInfo]) -> None:
         """Load the tokenizer and the dictionary of the token directory.
 
         Raises LabelError where `init_from` brought another dictionary, since its embeddings would change meaning.
         """
-        directory = labels[0].directory
+        directory = found[TOKENS].directory
         if directory is None:
             return
         dictionary = TokenDictionary.read(directory, *self.encoder.tokenizer.code_shape)

@@ -16,14 +16,14 @@ from torch import Tensor
 from pretrain.config import ConfigError, compose_recipe
 from pretrain.data.labels import LabelError
 from pretrain.labelling.tokens.dictionary import TokenDictionary
-from pretrain.method import Batch, Example, LabelInfo, LabelSource
+from pretrain.method import Batch, Example, TargetInfo
 from pretrain.objectives.collate import silent_waveforms
 from pretrain.weights.export import write_native
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.discrete_bert import interop
 from recipes.discrete_bert.encoder import BOS, EOS, PAD, SPECIALS, UNK
 from recipes.discrete_bert.masking import TokenMask
-from recipes.discrete_bert.method import DiscreteBertCollator, DiscreteBertMethod
+from recipes.discrete_bert.method import TOKENS, DiscreteBertCollator, DiscreteBertMethod
 from recipes.discrete_bert.peers import PAIRS, small, transformers_roberta
 
 PUBLISHED = TokenMask(0.5, 10, 10.0, 0.1, 0.1)
@@ -34,7 +34,7 @@ def example(collator: DiscreteBertCollator, samples: int, row: int = 0, start: i
     """An utterance of `samples`, from `start` on, with tokens at random (class 0 is <unk>)."""
     rng = np.random.default_rng(row)
     labels = rng.integers(0, PAIRS + 1, size=(start + samples) // 160)
-    return Example(torch.zeros(()).expand(samples), row, start, [labels], rng)
+    return Example(torch.zeros(()).expand(samples), row, start, {TOKENS: labels}, rng)
 
 
 @pytest.fixture(scope="module")
@@ -197,25 +197,26 @@ def test_long_strings_are_seen_in_pieces() -> None:
     torch.testing.assert_close(states[-1][:1, 60:120], piece, rtol=1e-4, atol=1e-5)
 
 
-def token_directory(folder: Path, method: DiscreteBertMethod) -> LabelInfo:
+def token_directory(folder: Path, method: DiscreteBertMethod) -> TargetInfo:
     """A token directory, but for its labels, that holds the tokenizer of `method` and a dictionary."""
     write_native("wav2vec", method.encoder.tokenizer, folder / "tokenizer")
     counts = np.zeros(64, dtype=np.int64)
     counts[[9, 3, 17]] = [5, 50, 7]
     dictionary = TokenDictionary.from_counts(counts, 2, 8)
     dictionary.write(folder)
-    return LabelInfo(100, dictionary.num_classes, folder)
+    return TargetInfo(dictionary.num_classes, 100, folder)
 
 
 def test_a_run_takes_tokenizer_and_dictionary_from_the_labels(tmp_path: Path) -> None:
     source, fresh = small(), small("gumbel")
     info = token_directory(tmp_path, source)
-    config = DiscreteBertMethod.adapt(fresh.config, [info])
+    config = DiscreteBertMethod.fit_to_targets(fresh.config, {TOKENS: info})
     # <s>, <pad>, </s>, <unk>, three pairs, <mask>.
     assert config.encoder.vocab_size == 8
-    assert DiscreteBertMethod.label_classes(config) == [info.num_classes]
+    (spec,) = DiscreteBertMethod.targets(config)
+    assert (spec.name, spec.kind, spec.num_classes) == (TOKENS, "frames", info.num_classes)
     method = DiscreteBertMethod(config)
-    method.begin([info])
+    method.begin({TOKENS: info})
     table = method.encoder.token_of_number
     assert {number: int(table[number]) for number in (3, 17, 9, 0)} == {3: 4, 17: 5, 9: 6, 0: UNK}
     waveforms, lengths = two_waveforms()
@@ -223,14 +224,15 @@ def test_a_run_takes_tokenizer_and_dictionary_from_the_labels(tmp_path: Path) ->
     assert torch.equal(method.encoder.tokenizer.codes(waveforms, lengths)[0], theirs)
     again = method.encoder.from_config(method.encoder.to_config())
     again.load_state_dict(method.encoder.state_dict())
-    method.begin([info])
+    method.begin({TOKENS: info})
     table[[3, 17]] = table[[17, 3]]
     with pytest.raises(LabelError, match="is not the dictionary that init_from was trained with"):
-        method.begin([info])
+        method.begin({TOKENS: info})
+    elsewhere = TargetInfo(20, 100, tmp_path / "elsewhere")
     with pytest.raises(LabelError, match="holds labels but no tokens"):
-        DiscreteBertMethod.adapt(fresh.config, [LabelInfo(100, 20, tmp_path / "elsewhere")])
-    labels: LabelSource = DiscreteBertMethod.label_source(config)
-    assert labels.command.format(dir="speech").endswith("data.dir=speech")
+        DiscreteBertMethod.fit_to_targets(fresh.config, {TOKENS: elsewhere})
+    assert spec.source is not None
+    assert spec.source.command.format(dir="speech").endswith("data.dir=speech")
 
 
 def test_sizes() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
-from pretrain.method import Batch, Counts, Example, LabelInfo, Method, Progress, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
@@ -83,8 +83,10 @@ class HubertCollator(ConvFrames):
 
     def _row_labels(self, example: Example, frames: int) -> np.ndarray:
         """(S, F) labels of one crop, cut to the shortest label set."""
-        rates = zip(example.labels, self.label_rates_hz, strict=True)
-        cut = [frame_labels(line, rate, example.start, self.stride_samples, frames) for line, rate in rates]
+        cut = [
+            frame_labels(example.targets[f"labels_{index}"], rate, example.start, self.stride_samples, frames)
+            for index, rate in enumerate(self.label_rates_hz)
+        ]
         shortest = min(len(line) for line in cut)
         return np.stack([line[:shortest] for line in cut])
 
@@ -143,15 +145,16 @@ class HubertMethod(Method):
         self.label_embs_concat = nn.Parameter(torch.empty(sum(self.class_counts), config.final_dim).uniform_())
 
     @classmethod
-    def label_classes(cls, config: HubertConfig) -> list[int]:
-        """Clusters per label set."""
-        return config.num_classes
+    def targets(cls, config: HubertConfig) -> list[TargetSpec]:
+        """Clusters, one label set or several."""
+        counts = enumerate(config.num_classes)
+        return [TargetSpec(f"labels_{index}", "frames", count, several=True) for index, count in counts]
 
     @classmethod
-    def adapt(cls, config: HubertConfig, labels: list[LabelInfo]) -> HubertConfig:
+    def fit_to_targets(cls, config: HubertConfig, found: dict[str, TargetInfo]) -> HubertConfig:
         """Take classes and rates from the label sets, so that both iterations run from one recipe."""
-        rates, classes = [info.rate_hz for info in labels], [info.num_classes for info in labels]
-        return replace(config, label_rates_hz=rates, num_classes=classes)
+        rates, classes = zip(*((info.rate_hz, info.num_classes) for info in found.values()), strict=True)
+        return replace(config, label_rates_hz=list(rates), num_classes=list(classes))
 
     @classmethod
     def collator(cls, config: HubertConfig) -> HubertCollator:
@@ -180,17 +183,16 @@ class HubertMethod(Method):
         masked, metrics = self._predict(hidden, extras["masked_positions"], extras["masked_labels"], "masked")
         with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
             unmasked, more = self._predict(hidden, extras["unmasked_positions"], extras["unmasked_labels"], "unmasked")
-        # The penalty is a mean; times the unit count it survives the trainer's division as a mean.
-        penalty = features.conv.float().square().mean() * batch.sample_size
-        penalty = self.config.feature_penalty_weight * penalty
-        loss = self.config.pred_masked_weight * masked + weight * unmasked + penalty
+        penalty = self.config.feature_penalty_weight * features.conv.float().square().mean()
+        loss = self.config.pred_masked_weight * masked + weight * unmasked
+        output = StepOutput(loss, metrics, mean=penalty)
         scored = extras["masked_positions"].numel()
         metrics |= more
-        metrics["loss"] = Ratio(loss.detach(), batch.sample_size)
+        metrics["loss"] = Ratio(output.total(batch).detach(), batch.sample_size)
         metrics["loss_masked"] = Ratio(masked.detach(), scored)
         metrics["loss_unmasked"] = Ratio(unmasked.detach(), scored)
-        metrics["loss_features"] = Ratio(penalty.detach(), batch.sample_size)
-        return StepOutput(loss, metrics)
+        metrics["loss_features"] = Ratio.of_mean(penalty, batch.sample_size)
+        return output
 
     def logits(self, hidden: Tensor) -> list[Tensor]:
         """(N, D) frames to one (N, C_s + 4) logit table per label set."""

@@ -90,7 +90,7 @@ def official(request: pytest.FixtureRequest) -> Official:
 def output(official: Official) -> StepOutput:
     """Our forward, with the gradients of loss / sample_size left on the parameters."""
     output = official.method(official.batch)
-    (output.loss / official.batch.sample_size).backward()
+    (output.total(official.batch) / official.batch.sample_size).backward()
     return output
 
 
@@ -134,7 +134,7 @@ def test_logits_and_loss_of_each_label_set(official: Official, kind: str) -> Non
 
 def test_loss_terms_and_accuracy(official: Official, output: StepOutput) -> None:
     scalars, sets = official.scalars, range(official.label_sets)
-    assert output.loss.item() == pytest.approx(scalars["loss_sum"], rel=1e-5)
+    assert output.total(official.batch).item() == pytest.approx(scalars["loss_sum"], rel=1e-5)
     units, masked = scalars["sample_size"], scalars["count_m_0"]
     assert metric(output, "loss") == pytest.approx(scalars["loss_per_sample"], rel=1e-5)
     assert metric(output, "loss_features") == pytest.approx(scalars["loss_features_pen"] / units, rel=1e-5)
@@ -192,7 +192,7 @@ def example(row: int, samples: int, start: int = 0) -> Example:
     waveform = torch.from_numpy(0.1 * rng.standard_normal(samples, dtype=np.float32))
     # Label l of row r is 7 r + l modulo the classes: a label tells which frame it was cut for.
     labels = (7 * row + np.arange((start + samples - 400) // 160 + 1)) % 50
-    return Example(waveform, row, start, [labels], rng)
+    return Example(waveform, row, start, {"labels_0": labels}, rng)
 
 
 def test_before_training_the_loss_is_that_of_a_uniform_guess() -> None:

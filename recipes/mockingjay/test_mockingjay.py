@@ -166,7 +166,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(recipe: str) ->
 
 def example(row: int, samples: int, epoch: int = 0) -> Example:
     noise = np.random.default_rng(row).standard_normal(samples, dtype=np.float32)
-    return Example(torch.from_numpy(0.1 * noise), row, 0, [], np.random.default_rng([epoch, row]))
+    return Example(torch.from_numpy(0.1 * noise), row, 0, {}, np.random.default_rng([epoch, row]))
 
 
 def collate(method: MockingjayMethod, *samples: int, epoch: int = 0) -> Batch:

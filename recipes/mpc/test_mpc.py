@@ -19,7 +19,7 @@ from recipes.mpc.method import MpcMethod
 
 def collate(method: MpcMethod, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
     examples = [
-        Example(waveform[:length], row, 0, [], np.random.default_rng([seed, row]))
+        Example(waveform[:length], row, 0, {}, np.random.default_rng([seed, row]))
         for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
     ]
     return method.collator(method.config)(examples)

@@ -103,7 +103,7 @@ def test_statistics_after_an_update_and_evaluation_equal_s3prl(official: Officia
 
 def collate(method: NpcMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
     rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, [], np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
+    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
     return method.collator(method.config)(examples)
 
 

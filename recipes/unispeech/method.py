@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, draw_negatives, guessed_hits
-from pretrain.method import Batch, Counts, Example, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, Metric, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
 from pretrain.objectives.quantized_targets import (
@@ -27,6 +27,8 @@ from pretrain.objectives.quantized_targets import (
 )
 from pretrain.quantizers.gumbel import Quantized
 from recipes.unispeech.ctc import SPECIAL_SYMBOLS, ctc_loss, shortest_alignment, symbol_errors
+
+TRANSCRIPT = "phones"  # the target, and the column of its table
 
 
 @dataclass
@@ -68,7 +70,7 @@ class UniSpeechCollator(MaskingCollator):
             negatives=np.stack([draw_negatives(rng, own, count, self.num_negatives) for rng, own, count in rows]),
             replaced=np.stack([rng.random(frames) < self.replace_prob for rng in rngs]),
             valid=drawn.valid,
-            transcripts=[example.transcript for example in examples],
+            transcripts=[example.targets.get(TRANSCRIPT) for example in examples],
         )
 
 
@@ -149,14 +151,14 @@ class UniSpeechMethod(QuantizedTargetsMethod):
         self.ctc_proj = nn.Linear(width, classes) if config.ctc_weight else None
 
     @classmethod
-    def needs_transcripts(cls, config: UniSpeechConfig) -> bool:
-        """Whether CTC takes part in the loss."""
-        return config.ctc_weight > 0
+    def targets(cls, config: UniSpeechConfig) -> list[TargetSpec]:
+        """Transcripts, where CTC takes part in the loss."""
+        return [TargetSpec(TRANSCRIPT, "symbols", column="phones")] if config.ctc_weight > 0 else []
 
     @classmethod
-    def adapt_transcripts(cls, config: UniSpeechConfig, symbols: list[str]) -> UniSpeechConfig:
+    def fit_to_targets(cls, config: UniSpeechConfig, found: dict[str, TargetInfo]) -> UniSpeechConfig:
         """One class per symbol of the dictionary, beside the special ones."""
-        return replace(config, symbols=symbols)
+        return replace(config, symbols=list(found[TRANSCRIPT].names))
 
     @classmethod
     def collator(cls, config: UniSpeechConfig) -> UniSpeechCollator:
@@ -170,13 +172,12 @@ class UniSpeechMethod(QuantizedTargetsMethod):
         logits = self.logits(states, extras["masked_positions"], extras["negatives"])
         contrastive, hits = contrastive_loss(logits)
         entries = self.config.latent_groups * self.config.latent_vars
-        # A mean; times the unit count it survives the trainer's division as a mean.
-        diversity = (entries - states.chosen.prob_perplexity) / entries * units
+        diversity = (entries - states.chosen.prob_perplexity) / entries
         weight = self.config.ctc_weight
-        loss = (1 - weight) * (contrastive + self.config.diversity_weight * diversity)
-        metrics: dict[str, Ratio | Counts] = {
+        loss = (1 - weight) * contrastive
+        metrics: dict[str, Metric] = {
             "loss_contrastive": Ratio(contrastive.detach(), units),
-            "loss_diversity": Ratio(diversity.detach(), units),
+            "loss_diversity": Ratio.of_mean(diversity, units),
             "accuracy": Ratio(hits.float(), units),
             "chance": Ratio(guessed_hits(logits.detach()), units),
             "prob_perplexity": Ratio(states.chosen.prob_perplexity.detach(), 1.0),
@@ -187,8 +188,9 @@ class UniSpeechMethod(QuantizedTargetsMethod):
             ctc, more = self._read_aloud(states, batch)
             loss = loss + weight * ctc
             metrics |= more
-        metrics["loss"] = Ratio(loss.detach(), units)
-        return StepOutput(loss, metrics)
+        output = StepOutput(loss, metrics, mean=(1 - weight) * self.config.diversity_weight * diversity)
+        metrics["loss"] = Ratio(output.total(batch).detach(), units)
+        return output
 
     def states(self, batch: Batch) -> States:
         """Encode a batch and quantize its features twice: the masked frames, then all, each with noise of its own."""

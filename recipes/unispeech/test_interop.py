@@ -14,17 +14,18 @@ from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import compose_recipe, typed
+from pretrain.method import TargetInfo
 from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.types import InteropError
 from pretrain.weights.read import initialise, load_trained, read_weights
 from recipes.unispeech import interop
-from recipes.unispeech.method import UniSpeechConfig, UniSpeechMethod
+from recipes.unispeech.method import TRANSCRIPT, UniSpeechConfig, UniSpeechMethod
 
 
 def small() -> UniSpeechMethod:
     torch.manual_seed(1)
     config = typed(UniSpeechConfig, compose_recipe("unispeech_tiny")["method"], "method")
-    method = UniSpeechMethod(UniSpeechMethod.adapt_transcripts(config, ["a", "b", "c"]))
+    method = UniSpeechMethod(UniSpeechMethod.fit_to_targets(config, {TRANSCRIPT: TargetInfo(3, names=("a", "b", "c"))}))
     perturb(method)
     return method
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import UniSpeechForPreTraining
 
 from pretrain.config import ConfigError, compose_recipe, typed
-from pretrain.method import Batch, Example, StepOutput
+from pretrain.method import Batch, Example, StepOutput, TargetInfo
 from pretrain.quantizers import gumbel
 from pretrain.weights.interop.files import write_huggingface
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.unispeech import ctc, interop
-from recipes.unispeech.method import UniSpeechConfig, UniSpeechMethod
+from recipes.unispeech.method import TRANSCRIPT, UniSpeechConfig, UniSpeechMethod
 
 SYMBOLS = [f"p{index}" for index in range(9)]
 NARROW = (
@@ -28,11 +28,16 @@ NARROW = (
 )
 
 
+def fitted(config: UniSpeechConfig, symbols: list[str]) -> UniSpeechConfig:
+    """The configuration of a run whose transcripts have these symbols."""
+    return UniSpeechMethod.fit_to_targets(config, {TRANSCRIPT: TargetInfo(len(symbols), names=tuple(symbols))})
+
+
 def small(*overrides: str) -> UniSpeechMethod:
     """unispeech_tiny with a dictionary of nine symbols, every parameter off its initial value."""
     values = compose_recipe("unispeech_tiny", list(overrides))["method"]
     torch.manual_seed(0)
-    method = UniSpeechMethod(UniSpeechMethod.adapt_transcripts(typed(UniSpeechConfig, values, "method"), SYMBOLS))
+    method = UniSpeechMethod(fitted(typed(UniSpeechConfig, values, "method"), SYMBOLS))
     perturb(method)
     return method
 
@@ -41,7 +46,7 @@ def example(row: int, samples: int, symbols: int | None) -> Example:
     rng = np.random.default_rng(row)
     waveform = torch.from_numpy(0.1 * rng.standard_normal(samples, dtype=np.float32))
     transcript = None if symbols is None else rng.integers(len(SYMBOLS), size=symbols)
-    return Example(waveform, row, 0, [], rng, transcript)
+    return Example(waveform, row, 0, {TRANSCRIPT: transcript}, rng)
 
 
 def mixed_batch(method: UniSpeechMethod) -> Batch:
@@ -130,7 +135,7 @@ def test_equals_transformers_as_far_as_that_goes(
     assert value(output, "accuracy") * batch.sample_size == pytest.approx(hits.item())
     diversity = value(output, "loss_diversity") * batch.sample_size
     expected = 0.5 * spoken + 0.5 * (contrastive + method.config.diversity_weight * diversity)
-    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.total(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_gradients_equal_those_through_transformers(
@@ -141,7 +146,7 @@ def test_gradients_equal_those_through_transformers(
     batch = mixed_batch(method)
     spoken, contrastive, _ = their_terms(model, batch, monkeypatch)
     (0.5 * spoken + 0.5 * contrastive).backward()
-    method(batch).loss.backward()
+    method(batch).total(batch).backward()
     encoder, base = method.encoder, model.unispeech
     pairs = [
         (method.ctc_proj.weight, model.ctc_proj.weight),
@@ -188,7 +193,7 @@ def test_the_collator_draws_from_real_frames_and_leaves_out_what_ctc_cannot_read
     extras = method.collator(method.config)(examples).extras
     assert extras["labelled_rows"].tolist() == [0, 2]
     assert extras["target_lengths"].tolist() == [11, 5]
-    expected = np.concatenate([examples[row].transcript for row in (0, 2)]) + 4
+    expected = np.concatenate([examples[row].targets[TRANSCRIPT] for row in (0, 2)]) + 4
     assert extras["targets"].tolist() == expected.tolist()
     assert int(extras["too_long"]) == 1
     # fairseq's rule of folded samples: 16,000 of 24,000 samples in 74 frames.
@@ -216,7 +221,7 @@ def test_a_batch_without_transcripts_still_gives_every_parameter_a_gradient() ->
     method = small().train()
     batch = method.collator(method.config)([example(0, 20_000, None), example(1, 20_000, None)])
     output = method(batch)
-    output.loss.backward()
+    output.total(batch).backward()
     assert value(output, "labelled_share") == 0
     assert all(p.grad is not None for p in method.parameters())
     assert not method.ctc_proj.weight.grad.any()
@@ -224,7 +229,7 @@ def test_a_batch_without_transcripts_still_gives_every_parameter_a_gradient() ->
 
 def test_without_ctc_it_needs_no_transcripts() -> None:
     method = small("method.ctc_weight=0").train()
-    assert not UniSpeechMethod.needs_transcripts(method.config)
+    assert not UniSpeechMethod.targets(method.config)
     assert method.ctc_proj is None
     output: StepOutput = method(mixed_batch(method))
     expected = value(output, "loss_contrastive") + method.config.diversity_weight * value(output, "loss_diversity")
@@ -275,7 +280,7 @@ def tones(row: int, symbols: int = 6) -> Example:
     time = np.arange(3_840) / 16_000
     waveform = np.concatenate([0.3 * np.sin(2 * np.pi * (300, 900, 2_400)[symbol] * time) for symbol in transcript])
     waveform += 0.01 * rng.standard_normal(len(waveform))
-    return Example(torch.from_numpy(waveform.astype(np.float32)), row, 0, [], rng, transcript)
+    return Example(torch.from_numpy(waveform.astype(np.float32)), row, 0, {TRANSCRIPT: transcript}, rng)
 
 
 def test_it_learns_to_read_tones() -> None:
@@ -287,7 +292,7 @@ def test_it_learns_to_read_tones() -> None:
     for step in range(150):
         batch = collator([tones(8 * step + row) for row in range(8)])
         optimizer.zero_grad()
-        (method(batch).loss / batch.sample_size).backward()
+        (method(batch).total(batch) / batch.sample_size).backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), 5.0)
         optimizer.step()
     unheard = collator([tones(100_000 + row) for row in range(16)])

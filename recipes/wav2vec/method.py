@@ -174,28 +174,27 @@ class Wav2VecMethod(Method):
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats per positive; `accuracy` the share of positives above all negatives, see `step_hits`."""
-        targets = self.targets(batch)
+        targets = self.latent_targets(batch)
         context = self.encoder.context(targets.frames)[-1]
         logits = self.logits(context, targets.frames, batch)
         with torch.autocast(logits.device.type, enabled=False):
             prediction = step_loss(logits, batch.extras["scored"])
         hits = step_hits(logits, batch.extras["scored"], batch.extras["candidates"], targets.codes)
-        loss, metrics = prediction, targets.metrics
+        metrics = targets.metrics
         for name, mean in targets.losses.items():
-            # A mean, times the unit count, survives the trainer's division as a mean.
-            loss = loss + mean * batch.sample_size
             metrics[f"loss_{name}"] = Ratio(mean.detach(), 1.0)
-        metrics["loss"] = Ratio(loss.detach(), batch.sample_size)
+        output = StepOutput(prediction, metrics, mean=sum(targets.losses.values()) if targets.losses else None)
+        metrics["loss"] = Ratio(output.total(batch).detach(), batch.sample_size)
         metrics["loss_prediction"] = Ratio(prediction.detach(), batch.sample_size)
         metrics["accuracy"] = Ratio(hits, batch.sample_size)
-        return StepOutput(loss, metrics)
+        return output
 
     def logits(self, context: Tensor, targets: Tensor, batch: Batch) -> Tensor:
         """(B, U, S, 1 + N) logits of context (B, F, C) against targets (B, F, E), the true target first."""
         candidates = batch.extras["candidates"]
         return candidate_logits(self.wav2vec_predictions(context[:, : candidates.shape[1]]), targets, candidates)
 
-    def targets(self, batch: Batch) -> Targets:
+    def latent_targets(self, batch: Batch) -> Targets:
         """Latent frames of the batch, quantized where the encoder has a codebook."""
         z = self.encoder.features(batch.waveforms)
         quantizer = self.encoder.vector_quantizer

@@ -57,7 +57,7 @@ def small(case: str) -> Wav2VecMethod:
 
 def collate(method: Wav2VecMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
     rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, [], np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
+    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
     return method.collator(method.config)(examples)
 
 
@@ -100,7 +100,7 @@ def by_target(flat: Tensor, batch: Batch, steps: int) -> Tensor:
 
 
 def our_logits(method: Wav2VecMethod, batch: Batch) -> Tensor:
-    targets = method.targets(batch)
+    targets = method.latent_targets(batch)
     return method.logits(method.encoder.context(targets.frames)[-1], targets.frames, batch)
 
 
@@ -130,8 +130,8 @@ def test_logits_loss_terms_and_gradients_are_the_official_ones(case: str, traini
     assert (logits - expected)[scored].abs().max() <= 1e-4 * expected.abs().max()
     torch.manual_seed(5)
     output = method(batch)
-    (output.loss / batch.sample_size).backward()
-    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    (output.total(batch) / batch.sample_size).backward()
+    assert output.total(batch).item() == pytest.approx(loss.item(), rel=1e-5)
     assert value(output, "loss_prediction") * batch.sample_size == pytest.approx(prediction.item(), rel=1e-5)
     if method.config.encoder.quantizer is None:
         hits = (expected[..., 0] > expected[..., 1:].amax(-1))[scored].sum()
@@ -155,7 +155,7 @@ def test_the_diversity_loss_is_the_official_extra_loss() -> None:
     output = method(batch)
     assert value(output, "loss_diversity") == pytest.approx(0.3 * extra.item(), rel=1e-4)
     assert value(output, "loss") == pytest.approx(value(output, "loss_prediction") + 0.3 * extra.item(), rel=1e-4)
-    output.loss.backward()
+    output.total(batch).backward()
     assert method.encoder.vector_quantizer.weight_proj[0][0].weight.grad.any()
 
 
@@ -254,7 +254,7 @@ def test_negatives_are_uniform_over_the_other_frames_of_their_own_clip() -> None
     counts = [np.zeros((n, n), dtype=int) for n in frames]
     for seed in range(60):
         examples = [
-            Example(w[:n], i, 0, [], np.random.default_rng([seed, i]))
+            Example(w[:n], i, 0, {}, np.random.default_rng([seed, i]))
             for i, (w, n) in enumerate(zip(waveforms, lengths, strict=True))
         ]
         batch = method.collator(method.config)(examples)

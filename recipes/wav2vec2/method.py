@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, draw_negatives, guessed_hits
-from pretrain.method import Batch, Counts, Example, Ratio, StepOutput
+from pretrain.method import Batch, Counts, Example, Metric, Ratio, StepOutput
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.speech_encoder import ConvOutput
@@ -100,24 +100,23 @@ class Wav2Vec2Method(QuantizedTargetsMethod):
         logits = self.logits(predictions, quantized, batch.extras["negatives"])
         contrastive, hits = contrastive_loss(logits)
         units = batch.sample_size
-        # The two penalties are means; times the unit count they survive the trainer's division as means.
         entries = self.config.latent_groups * self.config.latent_vars
-        diversity = self.config.diversity_weight * (entries - quantized.prob_perplexity) / entries * units
-        penalty = self.config.feature_penalty_weight * features.conv.float().square().mean() * units
-        loss = contrastive + diversity + penalty
-        metrics: dict[str, Ratio | Counts] = {
-            "loss": Ratio(loss.detach(), units),
+        diversity = self.config.diversity_weight * (entries - quantized.prob_perplexity) / entries
+        penalty = self.config.feature_penalty_weight * features.conv.float().square().mean()
+        metrics: dict[str, Metric] = {
             "loss_contrastive": Ratio(contrastive.detach(), units),
-            "loss_diversity": Ratio(diversity.detach(), units),
-            "loss_features": Ratio(penalty.detach(), units),
+            "loss_diversity": Ratio.of_mean(diversity, units),
+            "loss_features": Ratio.of_mean(penalty, units),
             "accuracy": Ratio(hits.float(), units),
             "chance": Ratio(guessed_hits(logits.detach()), units),
             "prob_perplexity": Ratio(quantized.prob_perplexity.detach(), 1.0),
-            "temperature": Ratio(loss.new_full((), self.quantizer.temperature), 1.0),
+            "temperature": Ratio(contrastive.new_full((), self.quantizer.temperature), 1.0),
         }
         for group, counts in enumerate(quantized.counts):
             metrics[f"codes_{group}"] = Counts(counts)
-        return StepOutput(loss, metrics)
+        output = StepOutput(contrastive, metrics, mean=diversity + penalty)
+        metrics["loss"] = Ratio(output.total(batch).detach(), units)
+        return output
 
     def predict(self, batch: Batch) -> tuple[ConvOutput, Tensor]:
         """The features of a batch, and what the encoder predicts at its masked frames: (B, K, P)."""
