@@ -60,6 +60,11 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def lengths_if_padded(self) -> Tensor | None:
+        """`lengths`, or None where no row is padded: what encoders take, so that attention needs no mask then."""
+        return self.lengths if self.padded else None
+
     def pin_memory(self) -> Batch:
         """Called by the data loader's pinning thread."""
         return self._map(Tensor.pin_memory)

@@ -58,9 +58,9 @@ class MpcCollator(FeatureFrames):
         return SUBSAMPLING
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        frames = max(1, self.front_end.frames(waveforms.shape[1]) // SUBSAMPLING) * SUBSAMPLING
-        counts = (self.front_end.frames(lengths) // SUBSAMPLING).clamp(min=1)
+        stacked = stack_waveforms(examples)
+        frames = max(1, self.front_end.frames(stacked.waveforms.shape[1]) // SUBSAMPLING) * SUBSAMPLING
+        counts = (self.front_end.frames(stacked.lengths) // SUBSAMPLING).clamp(min=1)
         masks = np.stack(
             [self._mask(example.rng, count, frames) for example, count in zip(examples, counts.tolist(), strict=True)]
         )
@@ -71,14 +71,7 @@ class MpcCollator(FeatureFrames):
             "masked_positions": np.flatnonzero(masks[:, ::SUBSAMPLING]),
             "copied_frames": copied.ravel()[hidden],
         }
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(counts.sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras={name: torch.from_numpy(value) for name, value in extras.items()},
-        )
+        return stacked.batch(int(counts.sum()), extras)
 
     def _mask(self, rng: np.random.Generator, positions: int, frames: int) -> np.ndarray:
         """(frames,) bool; where less than a chunk would be hidden on average, chunks are of one position."""
@@ -118,7 +111,7 @@ class MpcMethod(Method):
         """`error`, `error_copy_last` and `error_mean` are per hidden element: of the prediction, of the last visible
         frame, and of the utterance's mean.
         """
-        features, positions = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         predictions = self.predict(features, positions, batch)
         truth, copied = self._truth(features, batch)
         loss = l1_sum(predictions, truth)
@@ -148,7 +141,7 @@ class MpcMethod(Method):
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """The first utterance as it is, with frames hidden, and filled in; and the error of each band."""
-        features, positions = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         predictions = self.predict(features, positions, batch)
         truth, copied = self._truth(features, batch)
         bins, chosen = features.shape[2], batch.extras["masked_positions"]

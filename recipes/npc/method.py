@@ -35,14 +35,8 @@ class NpcCollator(FeatureFrames):
     """Counts the frames of a batch."""
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(self.front_end.frames(lengths).clamp(min=1).sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-        )
+        stacked = stack_waveforms(examples)
+        return stacked.batch(int(self.front_end.frames(stacked.lengths).clamp(min=1).sum()))
 
 
 class Prediction(NamedTuple):
@@ -89,7 +83,7 @@ class NpcMethod(Method):
         """`error_copy_neighbour`, `error_interpolate` and `error_mean` are what the last frame before the blind spot,
         the mean of those on either side of it, and the utterance's mean would give.
         """
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         valid = None if frame_lengths is None else valid_mask(frame_lengths, features.shape[1])
         prediction = self.predict(features)
         units, dim = batch.sample_size, features.shape[2]
