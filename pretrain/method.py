@@ -9,16 +9,17 @@ import importlib
 import importlib.metadata
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import typed
 from pretrain.errors import UserError
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
@@ -154,22 +155,28 @@ class LabelSource:
 class Encoder(nn.Module):
     """What is exported: waveforms to hidden states.
 
-    `hidden_sizes` and `downsample_rates` (samples per frame) have one entry per hidden state.
+    `Config` is the dataclass that the constructor takes and keeps as `config`. `hidden_sizes` and `downsample_rates`
+    (samples per frame) have one entry per hidden state.
     """
 
+    Config: ClassVar[type]
+    config: Any
     hidden_sizes: list[int]
     downsample_rates: list[int]
     # Options, by dotted name, that may differ between weights and the encoder they start: no tensor depends on them.
     free_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Encoder:
-        """Build from the plain mapping that an export's config.json holds."""
-        raise NotImplementedError
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build from the plain mapping that an export's config.json holds.
+
+        Raises ConfigError, naming the field, for a mapping that `Config` does not take.
+        """
+        return cls(typed(cls.Config, config, "encoder"))
 
     def to_config(self) -> dict[str, Any]:
         """The plain mapping that `from_config` takes."""
-        raise NotImplementedError
+        return asdict(self.config)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples to [(B, F_l, D_l)] hidden states and [(B,)] frame counts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +49,8 @@ class SpeechEncoder(Encoder):
     Source: HuBERT, arXiv 2106.07447, section III-A; fairseq `hubert.py` and `wav2vec2.py`.
     """
 
+    Config = SpeechEncoderConfig
+    config: SpeechEncoderConfig
     free_fields = (
         "dropout",
         "attention_dropout",
@@ -76,13 +77,6 @@ class SpeechEncoder(Encoder):
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.stride_samples] * (config.encoder_layers + 1)
         self._skipped = [False] * config.encoder_layers
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SpeechEncoder:
-        return cls(SpeechEncoderConfig(**config))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     @property
     def stride_samples(self) -> int:

@@ -5,7 +5,7 @@ Sources: facebookresearch/CPC_audio `cpc/model.py`; corticph/scaling-contrastive
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -158,6 +158,8 @@ class TransformerContext(nn.Module):
 class CpcEncoder(Encoder):
     """Waveforms to two hidden states: z of the convolutions and c of the context network (both directions, if two)."""
 
+    Config = CpcEncoderConfig
+    config: CpcEncoderConfig
     free_fields = ("dropout",)
 
     def __init__(self, config: CpcEncoderConfig) -> None:
@@ -171,13 +173,6 @@ class CpcEncoder(Encoder):
         self.contexts = nn.ModuleList(context(config) for _ in range(directions))
         self.hidden_sizes = [config.dim, directions * config.context_dim]
         self.downsample_rates = [config.stride_samples] * 2
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CpcEncoder:
-        return cls(CpcEncoderConfig(**config))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def features(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T) waveforms, zero after `lengths` (B,), to z (B, F, D) and its real frames (B,), None where all are."""

@@ -5,13 +5,12 @@ Source: arXiv 2012.06659, section 2; lingss0918/fairseq `examples/decoar/models/
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from pretrain.config import typed
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.compiled_layers import compile_in_place
 from pretrain.models.context import ContextNetwork
@@ -47,6 +46,8 @@ class Decoar2EncoderConfig:
 class Decoar2Encoder(PredictiveEncoder):
     """Waveforms to L + 1 hidden states: the input of every layer, then the output of the last."""
 
+    Config = Decoar2EncoderConfig
+    config: Decoar2EncoderConfig
     free_fields = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
 
     def __init__(self, config: Decoar2EncoderConfig) -> None:
@@ -55,13 +56,6 @@ class Decoar2Encoder(PredictiveEncoder):
         self.post_extract_proj = Linear(self.front_end.dim, config.encoder_embed_dim)
         self.encoder = ContextNetwork(config)
         self._skipped = [False] * config.encoder_layers
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Decoar2Encoder:
-        return cls(typed(Decoar2EncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, dim) features, `frame_lengths` (B,) of them real (None: all), to L + 1 hidden states (B, F, D)."""
