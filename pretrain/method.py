@@ -185,13 +185,16 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def compile_regions(self) -> None:
-        """Compile the parts of the network that repeat; encoders that gain nothing leave this as it is."""
+    def compile_layers(self) -> None:
+        """Compile the layers of the network that repeat; encoders that gain nothing leave this as it is."""
 
     def checkpoint_activations(self) -> None:
-        """Let training compute activations twice instead of keeping them. Raises UserError where that is not built."""
+        """Switch activation checkpointing on: training keeps the inputs of layers, and backward runs them again.
+
+        Raises UserError where that is not built.
+        """
         raise UserError(
-            f"trainer.checkpoint_activations: {type(self).__name__} cannot compute its activations again; leave it "
+            f"trainer.checkpoint_activations: {type(self).__name__} has no activation checkpointing; leave it "
             "off, or take a smaller batch.seconds_per_micro_batch"
         )
 

@@ -110,10 +110,10 @@ def hubert_losses(world: World) -> dict[str, list[float]]:
     return losses
 
 
-def conformer_run(world: World, zero: dict[str, Any], recompute: bool) -> dict[str, list[float]]:
+def conformer_run(world: World, zero: dict[str, Any], checkpoint_activations: bool) -> dict[str, list[float]]:
     """Three updates of a HuBERT with conformer layers: its losses, and one running variance at the end."""
     method = small_method(KINDS[1], layer_type="conformer", pos_enc_type="rel_pos", dropout=0.0, dropout_input=0.0)
-    if recompute:
+    if checkpoint_activations:
         method.encoder.checkpoint_activations()
     engine = Engine(method.train(), OPTIMIZER, {"zero_optimization": zero}, "fp32", world.device)
     losses = [_hubert_update(engine, update, world) for update in range(3)]
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
         "same_world": [continued(folder, wrote, stage, world, written_by=2) for wrote, stage in CHANGES],
         "from_one_rank": [continued(folder, wrote, stage, world, written_by=1) for wrote, stage in CHANGES],
         "hubert": hubert_losses(world),
-        "conformer": conformer_run(world, SHARED_OUT, recompute=True),
+        "conformer": conformer_run(world, SHARED_OUT, checkpoint_activations=True),
         "failing": one_rank_fails_to_write(folder, world),
         "damaged": damage_seen_by_one_rank(folder, world),
         "from_main": from_main({"rank": world.rank}),

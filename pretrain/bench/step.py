@@ -184,7 +184,7 @@ def make_contender(options: StepOptions, name: str, subject: Subject, device: to
     if name == OURS:
         method = subject.method_class(subject.config).to(device).train()
         if options.compile:
-            method.encoder.compile_regions()
+            method.encoder.compile_layers()
         return Contender(method, lambda batch: method(batch).loss)
     peer = subject.peers[name](subject.config).to(device).train()
     return Contender(peer, peer)

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from pretrain.features.front_end import FrontEndConfig
-from pretrain.models.compiled_layers import compile_in_place
-from pretrain.models.context import ContextNetwork
+from pretrain.models.context import ContextEncoder, ContextNetwork
 from pretrain.models.kernels import Linear, dropout
-from pretrain.models.layer_stack import with_layers
 from pretrain.models.predictive_encoder import PredictiveEncoder
 
 
@@ -43,7 +40,7 @@ class Decoar2EncoderConfig:
     depthwise_conv_kernel_size: ClassVar[int] = 0
 
 
-class Decoar2Encoder(PredictiveEncoder):
+class Decoar2Encoder(PredictiveEncoder, ContextEncoder):
     """Waveforms to L + 1 hidden states: the input of every layer, then the output of the last."""
 
     Config = Decoar2EncoderConfig
@@ -55,29 +52,11 @@ class Decoar2Encoder(PredictiveEncoder):
         self.config = config
         self.post_extract_proj = Linear(self.front_end.dim, config.encoder_embed_dim)
         self.encoder = ContextNetwork(config)
-        self._skipped = [False] * config.encoder_layers
 
     def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, dim) features, `frame_lengths` (B,) of them real (None: all), to L + 1 hidden states (B, F, D)."""
         x = dropout(self.post_extract_proj(features), self.config.dropout_input, self.training)
-        skipped = self._skipped if self.training else [False] * self.config.encoder_layers
-        return self.encoder(x, frame_lengths, skipped)
-
-    def draw_layerdrop(self, rng: np.random.Generator) -> None:
-        """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`."""
-        self._skipped = [bool(rng.random() <= self.config.encoder_layerdrop) for _ in self._skipped]
-
-    def compile_regions(self) -> None:
-        """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        compile_in_place(self.encoder.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the input of every layer alone, and compute the rest again in backward."""
-        self.encoder.recompute = True
-
-    def truncated(self, layer: int) -> Decoar2Encoder:
-        """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
-        return with_layers(self, layer)
+        return self.encoder(x, frame_lengths)
 
     def training_flops(self, samples: int) -> float:
         """Forward and backward of one waveform of `samples`; the features themselves need no gradient."""

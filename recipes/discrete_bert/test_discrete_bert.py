@@ -251,14 +251,14 @@ def test_the_recipe_quantizes_as_vq_wav2vec_does() -> None:
     assert ours == {"method": "wav2vec", "encoder": compose_recipe("vq_wav2vec_kmeans")["method"]["encoder"]}
 
 
-def test_recomputed_activations_change_nothing(method: DiscreteBertMethod, batch: Batch) -> None:
+def test_activation_checkpointing_change_nothing(method: DiscreteBertMethod, batch: Batch) -> None:
     gradients: list[Tensor] = []
-    for recompute in (False, True):
-        method.encoder.layers.recompute = recompute
+    for checkpoint_activations in (False, True):
+        method.encoder.layers.checkpointing = checkpoint_activations
         method.zero_grad()
         method(batch).loss.backward()
         gradients.append(method.encoder.layers[0].fc1.weight.grad.clone())
-    method.encoder.layers.recompute = False
+    method.encoder.layers.checkpointing = False
     torch.testing.assert_close(*gradients)
     assert F.mse_loss(gradients[0], torch.zeros_like(gradients[0])) > 0
 

@@ -261,7 +261,7 @@ def test_positions_go_on_beyond_any_table() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["mockingjay_tiny", "audio_albert_tiny"])
-def test_fewer_layers_and_recomputed_activations_change_nothing(recipe: str) -> None:
+def test_fewer_layers_and_checkpointed_activations_change_nothing(recipe: str) -> None:
     encoder = build(recipe).encoder.eval()
     waveforms, lengths = two_waveforms()
     with torch.no_grad():
@@ -271,14 +271,14 @@ def test_fewer_layers_and_recomputed_activations_change_nothing(recipe: str) -> 
             assert len(fewer) == layer + 1
             torch.testing.assert_close(fewer[-1], states[layer], rtol=0, atol=0)
     gradients = []
-    for recompute in (False, True):
-        if recompute:
+    for checkpoint_activations in (False, True):
+        if checkpoint_activations:
             encoder.checkpoint_activations()
         encoder.zero_grad()
         encoder(waveforms, lengths)[0][-1].square().sum().backward()
         gradients.append([p.grad.clone() for p in encoder.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(kept, recomputed)
+    for kept, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, checkpointed)
 
 
 @pytest.mark.parametrize(("axes", "centre"), [("time", 0), ("filter banks", 200)])

@@ -237,7 +237,7 @@ class Wav2VecEncoder(Encoder):
             return quantized.vectors, quantized.codes
         return z, None
 
-    def compile_regions(self) -> None:
+    def compile_layers(self) -> None:
         """Compile the extractor and each aggregator layer in place; parameter names stay. Meant for GPUs."""
         compile_in_place((self.feature_extractor, *self.feature_aggregator))
 

@@ -93,9 +93,9 @@ def test_losses_and_gradients_are_the_same(layer_type: str, pos_enc_type: str) -
 def test_far_less_is_kept(layer_type: str, pos_enc_type: str) -> None:
     waveforms, _ = two_waveforms(8000, 5377)
     totals = []
-    for recompute in (False, True):
+    for checkpoint_activations in (False, True):
         encoder = make(layer_type, pos_enc_type)
-        if recompute:
+        if checkpoint_activations:
             encoder.checkpoint_activations()
         with kept_numbers() as sizes:
             encoder(waveforms, None)
@@ -120,7 +120,7 @@ def test_nothing_is_repeated_without_gradients() -> None:
     assert calls[2:].count("convolutions") == 1
 
 
-def test_regions_are_compiled_inside() -> None:
+def test_layers_are_compiled_inside() -> None:
     """`aot_eager` traces forward and backward like the default backend and needs no compiler."""
     changes = {"dropout": 0.0, "dropout_input": 0.0, "encoder_layers": 2, "encoder_layerdrop": 0.0}
     plain, compiled = (make("conformer", "rel_pos", **changes) for _ in range(2))
