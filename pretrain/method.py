@@ -164,7 +164,7 @@ class Encoder(nn.Module):
     hidden_sizes: list[int]
     downsample_rates: list[int]
     # Options, by dotted name, that may differ between weights and the encoder they start: no tensor depends on them.
-    free_fields: ClassVar[tuple[str, ...]] = ()
+    weight_independent_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -300,9 +300,9 @@ def load_interop(name: str) -> ModuleType | None:
     return _part(name, "interop")
 
 
-def load_peers(name: str) -> ModuleType | None:
-    """The method's `peers` module (other projects' trainings of it, for the benchmark), or None where it has none."""
-    return _part(name, "peers")
+def load_reference_steps(name: str) -> ModuleType | None:
+    """The method's `reference_steps` module, or None where it has none: other projects' training, for the benchmark."""
+    return _part(name, "reference_steps")
 
 
 def _part(name: str, part: str) -> ModuleType | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.method import Encoder
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
 
@@ -58,7 +58,7 @@ def step(encoder: SpeechEncoder) -> tuple[Tensor, dict[str, Tensor]]:
     states = encoder.context(projected, frame_lengths, mask)
     loss = states[-1].square().sum() + states[1].sum() + conv.square().mean()
     loss.backward()
-    settle_statistics(encoder, applied=True)
+    update_running_statistics(encoder, applied=True)
     gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
     return loss.detach(), gradients | dict(encoder.named_buffers())
 

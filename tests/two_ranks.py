@@ -14,7 +14,7 @@ from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
 
 from pretrain.method import Batch, Example, Progress
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World, all_agree, from_main, join_world
 from pretrain.training.engine import Engine
@@ -132,7 +132,7 @@ def _hubert_update(engine: Engine, update: int, world: World) -> float:
         total += output.loss.detach()
     dist.all_reduce(total)
     assert engine.step(1e-2, torch.zeros(()))
-    settle_statistics(engine.method, applied=True)
+    update_running_statistics(engine.method, applied=True)
     return total.item()
 
 

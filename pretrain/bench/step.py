@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_peers
+from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_reference_steps
 from pretrain.training.metrics import peak_flops, peak_memory_gb
 from pretrain.training.precision import DTYPES, autocast
 
@@ -79,15 +79,17 @@ class Subject:
 
     @classmethod
     def of_recipe(cls, recipe: str) -> Subject:
-        """Peers are `PEERS` of the method's module `peers`, where it has one. Call it before any peer is imported:
-        fairseq registers a schema with Hydra that would then apply to our configuration.
+        """Peers are `REFERENCE_STEPS` of the method's module `reference_steps`, where it has one.
+
+        Call it before any peer is imported: fairseq registers a schema with Hydra that would then apply to our
+        configuration.
         """
         values = compose_recipe(recipe)["method"]
         package = load_method(values["name"])
         config = typed(package.Method.Config, values, "method")
         infos = [LabelInfo(LABEL_RATE_HZ, classes) for classes in package.Method.label_classes(config)]
         adapted = package.Method.adapt(config, infos) if infos else config
-        return cls(package.Method, adapted, getattr(load_peers(values["name"]), "PEERS", {}))
+        return cls(package.Method, adapted, getattr(load_reference_steps(values["name"]), "REFERENCE_STEPS", {}))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class SpeechEncoder(ContextEncoder):
 
     Config = SpeechEncoderConfig
     config: SpeechEncoderConfig
-    free_fields = (
+    weight_independent_fields = (
         "dropout",
         "attention_dropout",
         "activation_dropout",

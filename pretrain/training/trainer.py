@@ -18,7 +18,7 @@ from pretrain.data.audio import SAMPLE_RATE, AudioError
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
 from pretrain.method import Batch, Progress
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
@@ -146,7 +146,7 @@ class Trainer:
             upcoming.append(next(incoming))
         lr = self.config.optimizer.lr * self.schedule.factor(state.update)
         applied = engine.step(lr, skip=(units == 0).float())
-        settle_statistics(engine.method, applied)
+        update_running_statistics(engine.method, applied)
         state.step += 1
         if applied:
             state.update += 1

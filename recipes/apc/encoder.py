@@ -40,7 +40,7 @@ class ApcEncoder(PredictiveEncoder):
 
     Config = ApcEncoderConfig
     config: ApcEncoderConfig
-    free_fields = ("dropout", "quantizer.temperature")
+    weight_independent_fields = ("dropout", "quantizer.temperature")
 
     def __init__(self, config: ApcEncoderConfig) -> None:
         super().__init__(config.front_end, config.quantizer, config.hidden_size, config.num_layers)

@@ -160,7 +160,7 @@ class CpcEncoder(Encoder):
 
     Config = CpcEncoderConfig
     config: CpcEncoderConfig
-    free_fields = ("dropout",)
+    weight_independent_fields = ("dropout",)
 
     def __init__(self, config: CpcEncoderConfig) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class DecoarEncoder(PredictiveEncoder):
 
     Config = DecoarEncoderConfig
     config: DecoarEncoderConfig
-    free_fields = ("layers",)
+    weight_independent_fields = ("layers",)
 
     def __init__(self, config: DecoarEncoderConfig) -> None:
         states = config.num_layers if config.layers == "all" else 1

@@ -45,7 +45,13 @@ class Decoar2Encoder(PredictiveEncoder, ContextEncoder):
 
     Config = Decoar2EncoderConfig
     config: Decoar2EncoderConfig
-    free_fields = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
+    weight_independent_fields = (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "dropout_input",
+        "encoder_layerdrop",
+    )
 
     def __init__(self, config: Decoar2EncoderConfig) -> None:
         super().__init__(config.front_end, None, config.encoder_embed_dim, config.encoder_layers + 1)

@@ -20,10 +20,9 @@ from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
 from pretrain.models.kernels import Linear
-from pretrain.objectives.alterations import last_visible
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
-from pretrain.objectives.masking import separate_span_mask
+from pretrain.objectives.masking import last_visible, separate_span_mask
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 

@@ -60,7 +60,7 @@ class DiscreteBertEncoder(StackEncoder):
 
     Config = DiscreteBertEncoderConfig
     config: DiscreteBertEncoderConfig
-    free_fields = ("dropout", "attention_dropout", "activation_dropout")
+    weight_independent_fields = ("dropout", "attention_dropout", "activation_dropout")
     token_of_number: Tensor
 
     def __init__(self, config: DiscreteBertEncoderConfig) -> None:

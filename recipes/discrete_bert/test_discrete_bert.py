@@ -24,7 +24,7 @@ from recipes.discrete_bert import interop
 from recipes.discrete_bert.encoder import BOS, EOS, PAD, SPECIALS, UNK
 from recipes.discrete_bert.masking import TokenMask
 from recipes.discrete_bert.method import DiscreteBertCollator, DiscreteBertMethod
-from recipes.discrete_bert.peers import PAIRS, small, transformers_roberta
+from recipes.discrete_bert.reference_steps import PAIRS, small, transformers_roberta
 
 PUBLISHED = TokenMask(0.5, 10, 10.0, 0.1, 0.1)
 SAMPLES = (24_000, 16_079)

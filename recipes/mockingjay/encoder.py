@@ -46,7 +46,7 @@ class MockingjayEncoder(StackEncoder):
 
     Config = MockingjayEncoderConfig
     config: MockingjayEncoderConfig
-    free_fields = ("dropout", "attention_dropout", "initializer_range")
+    weight_independent_fields = ("dropout", "attention_dropout", "initializer_range")
 
     def __init__(self, config: MockingjayEncoderConfig) -> None:
         super().__init__()

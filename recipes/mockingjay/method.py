@@ -18,15 +18,15 @@ from pretrain.features.front_end import FeatureFrames, FrontEnd, FrontEndConfig
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import LayerNorm, Linear
-from pretrain.objectives.alterations import (
+from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from recipes.mockingjay.alterations import (
     AlterationConfig,
     alter,
     draw_alteration,
     scored_elements,
     stack_alterations,
 )
-from pretrain.objectives.collate import stack_waveforms
-from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from recipes.mockingjay.encoder import LAYER_NORM_EPS, MockingjayEncoder, MockingjayEncoderConfig, initialise
 
 
@@ -87,7 +87,7 @@ class SpecHead(nn.Module):
 class MockingjayMethod(Method):
     """Encoder and head; the loss is the absolute error on the elements that the alteration marks.
 
-    Reads `batch.extras` as `objectives.alterations.stack_alterations` lists them. One unit of the loss is one element.
+    Reads `batch.extras` as `alterations.stack_alterations` lists them. One unit of the loss is one element.
     """
 
     Config = MockingjayConfig

@@ -31,7 +31,7 @@ from pretrain.probe.collect import upstream_source
 from pretrain.weights.interop.speech_encoder import split_qkv
 from recipes.mockingjay import interop
 from recipes.mockingjay.method import MockingjayConfig, MockingjayMethod
-from recipes.mockingjay.peers import PEERS
+from recipes.mockingjay.reference_steps import REFERENCE_STEPS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"]
@@ -332,7 +332,7 @@ def test_targets_that_do_not_fit_say_so(options: tuple[str, ...], message: str) 
 @pytest.mark.parametrize("recipe", ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"])
 def test_the_benchmarks_peer_computes_the_same_loss(recipe: str) -> None:
     ours = build(recipe, "method.alteration.noise_proportion=0").train()
-    theirs: Any = PEERS["s3prl"](ours.config).train()
+    theirs: Any = REFERENCE_STEPS["s3prl"](ours.config).train()
     state = their_names(ours.state_dict())
     encoder = group(state, "Transformer")
     if ours.config.encoder.share_layer:

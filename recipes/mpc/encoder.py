@@ -75,7 +75,7 @@ class MpcEncoder(StackEncoder):
 
     Config = MpcEncoderConfig
     config: MpcEncoderConfig
-    free_fields = ("dropout", "batch_norm_momentum")
+    weight_independent_fields = ("dropout", "batch_norm_momentum")
 
     def __init__(self, config: MpcEncoderConfig) -> None:
         super().__init__()

@@ -18,9 +18,9 @@ from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
-from pretrain.objectives.alterations import chunk_mask, last_visible
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import last_visible
 from recipes.mpc.encoder import SUBSAMPLING, MpcEncoder, MpcEncoderConfig
 
 
@@ -77,6 +77,16 @@ class MpcCollator(FeatureFrames):
         """(frames,) bool; where less than a chunk would be hidden on average, chunks are of one position."""
         valid, share, chunk = positions * SUBSAMPLING, 1 - self.keep_probability, self.chunk_size * SUBSAMPLING
         return chunk_mask(rng, valid, frames, SUBSAMPLING if share * valid <= chunk else chunk, share)
+
+
+def chunk_mask(rng: np.random.Generator, valid: int, frames: int, chunk: int, share: float) -> np.ndarray:
+    """(frames,) bool: each run of `chunk` frames among the first `valid` is hidden whole with probability `share`.
+
+    Masked predictive coding (arXiv 1910.09932; athena `models/masked_pc.py`).
+    """
+    hidden = np.repeat(rng.random(-(-frames // chunk)) < share, chunk)[:frames]
+    hidden[valid:] = False
+    return hidden
 
 
 class MpcMethod(Method):

@@ -104,7 +104,7 @@ class NpcEncoder(PredictiveEncoder):
 
     Config = NpcEncoderConfig
     config: NpcEncoderConfig
-    free_fields = ("dropout", "quantizer.temperature")
+    weight_independent_fields = ("dropout", "quantizer.temperature")
 
     def __init__(self, config: NpcEncoderConfig) -> None:
         dim = config.hidden_size

@@ -14,8 +14,7 @@ from torch import Tensor
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
@@ -62,14 +61,6 @@ class NpcMethod(Method):
     def collator(cls, config: NpcConfig) -> NpcCollator:
         """The collator of this configuration."""
         return NpcCollator(config.encoder.front_end)
-
-    def before_step(self, progress: Progress) -> None:
-        """Forget batch statistics of an update that was refused."""
-        settle_statistics(self, applied=False)
-
-    def after_step(self, progress: Progress) -> None:
-        """Move the running statistics of the batch norms."""
-        settle_statistics(self, applied=True)
 
     def predict(self, features: Tensor, noise: list[Tensor] | None = None) -> Prediction:
         """(B, F, dim) features to what its neighbours say of each frame; `noise` goes to the quantizer."""

@@ -24,7 +24,7 @@ from pretrain.weights.interop.speech_encoder import state_to_fairseq
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.wav2vec2 import interop
 from recipes.wav2vec2.method import Wav2Vec2Config, Wav2Vec2Method, make_batch
-from recipes.wav2vec2.peers import TransformersWav2Vec2
+from recipes.wav2vec2.reference_steps import TransformersWav2Vec2
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
