@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -240,31 +244,123 @@ def nearest(word: str, known: list[str]) -> str:
 def typed(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from plain `values`, refusing unknown keys, missing fields and wrong types.
 
-    `where` is the dotted path of the block, for messages. Raises ConfigError.
+    `where` is the dotted path of the block, for messages. `${...}` in a value is text. Raises ConfigError.
     """
+    return _from_omegaconf(OmegaConf.to_object, cls, values, where)
+
+
+def typed_values(cls: type, values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """`values` as plain data of the types that `cls` states, its defaults filled in; nothing is built.
+
+    Raises ConfigError as `typed` does, but none of those that `cls` raises itself.
+    """
+    return _from_omegaconf(partial(OmegaConf.to_container, resolve=True, throw_on_missing=True), cls, values, where)
+
+
+def _from_omegaconf(read: Callable[[Any], Any], cls: type, values: dict[str, Any], where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {values!r} is not a mapping of options to values; state {cls.__name__}'s fields")
     check_keys(cls, values, where)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
-        return OmegaConf.to_object(merged)
+        return read(OmegaConf.merge(OmegaConf.structured(cls), _literal(values)))
     except MissingMandatoryValue as error:
         key = f"{where}.{error.full_key}" if where else error.full_key
         raise ConfigError(f"{key}: missing; state it in the recipe or on the command line") from None
     except ConfigKeyError as error:
         raise ConfigError(f"{where}: {error}") from None
     except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, getattr(error, "full_key", "")) if part)
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+        inner = str(getattr(error, "full_key", None) or "")
+        key = ".".join(part for part in (where, inner) if part)
+        problem, value = str(error).splitlines()[0], str(_value_at(values, inner))
+        raise ConfigError(f"{key}: {problem}" if value in problem else f"{key}: {value}: {problem}") from None
+
+
+def _value_at(values: Any, key: str) -> Any:
+    """The value under a key as OmegaConf writes it, such as `a.b[0]`; the innermost one that there is."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        try:
+            values = values[int(part) if isinstance(values, list | tuple) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return values
+    return values
+
+
+def _literal(value: Any) -> Any:
+    """`value` with every `${` escaped, so that OmegaConf gives the text back instead of resolving it."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return [_literal(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones."""
     hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            raise ConfigError(f"{path}: no such option; {nearest(str(key), list(hints))}")
-        if is_dataclass(hints[key]) and isinstance(value, dict):
-            check_keys(hints[key], value, path)
+        if key not in known:
+            raise ConfigError(f"{path}: no such option; {nearest(str(key), known)}")
+        nested = nested_class(hints[key])
+        if nested is not None and isinstance(value, dict):
+            check_keys(nested, value, path)
+
+
+def nested_class(hint: Any) -> type | None:
+    """The dataclass that a type hint names, alone or with None; None for any other hint."""
+    return next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
+
+
+# Larger than any published width or vocabulary, and small enough to be refused before memory is asked for.
+MAX_SIZE = 2**20
+MAX_LAYERS = 1000
+# Metadata of a dataclass field, `field(metadata=MAY_BE_ZERO)`: its integers may be 0, where sizes are at least 1.
+MAY_BE_ZERO = {"minimum": 0}
+
+
+def encoder_config(cls: type[T], values: dict[str, Any], where: str = "encoder") -> T:
+    """Build the configuration dataclass `cls` of an encoder from the plain `values` of a config.json or a checkpoint.
+
+    Raises ConfigError, naming the field under `where`, for an unknown or missing field, a wrong type, and a number that
+    no encoder can have. Integers are from 1 to `MAX_SIZE`, or from 0 for fields with the metadata `MAY_BE_ZERO` and for
+    `encoder_layers`, since an encoder may be cut to its hidden state 0. Numbers of layers are at most `MAX_LAYERS`, and
+    lists have 1 to `MAX_LAYERS` entries. Other numbers are finite; probabilities of dropout are from 0 to below 1.
+    `${...}` is text. Raises what `cls` raises for values that do not go together.
+    """
+    plain = typed_values(cls, values, where)
+    check_bounds(cls, plain, where)
+    return typed(cls, plain, where)
+
+
+def check_bounds(cls: type, values: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for the first number of the typed `values` that is out of `encoder_config`'s bounds."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        value, path, nested = values[f.name], f"{where}.{f.name}", nested_class(hints[f.name])
+        if nested is not None and isinstance(value, dict):
+            check_bounds(nested, value, path)
+            continue
+        minimum = 0 if f.name == "encoder_layers" else f.metadata.get("minimum", 1)
+        _check_value(f.name, value, minimum, path)
+
+
+def _check_value(name: str, value: Any, minimum: int, where: str) -> None:
+    if isinstance(value, list):
+        if not 1 <= len(value) <= MAX_LAYERS:
+            raise ConfigError(f"{where}: {len(value)} entries; give 1 to {MAX_LAYERS}")
+        for i, item in enumerate(value):
+            _check_value(name, item, minimum, f"{where}[{i}]")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        # Entries of a list are widths and kernels, whatever the list is called.
+        maximum = MAX_LAYERS if name.endswith("layers") and not where.endswith("]") else MAX_SIZE
+        if not minimum <= value <= maximum:
+            raise ConfigError(f"{where}: {value} is out of range; give {minimum} to {maximum}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: {value} is not a finite number")
+        if ("dropout" in name or "layerdrop" in name) and not 0 <= value < 1:
+            raise ConfigError(f"{where}: {value:g} is no probability of dropout; give 0 to below 1")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:

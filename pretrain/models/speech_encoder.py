@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.config import encoder_config
 from pretrain.method import Encoder
 from pretrain.models import conv_features
 from pretrain.models.activation_checkpointing import call
@@ -62,7 +63,6 @@ class SpeechEncoder(Encoder):
     )
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
-        """Raises ValueError for an unknown `extractor_mode`."""
         super().__init__()
         self.config = config
         conv_dim, dim = config.conv_feature_layers[-1][0], config.encoder_embed_dim
@@ -79,7 +79,7 @@ class SpeechEncoder(Encoder):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SpeechEncoder:
-        return cls(SpeechEncoderConfig(**config))
+        return cls(encoder_config(SpeechEncoderConfig, config))
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self.config)
