@@ -1,0 +1,230 @@
+"""Every block of a run as a dataclass, the batch arithmetic, and the checks that one block can make alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.config.strict import ConfigError, typed
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass
+class BatchConfig:
+    """The published batch: seconds of audio in one micro-batch, micro-batches in one optimiser update.
+
+    `within` "speaker" fills each micro-batch with utterances of one speaker, as `data.speakers` tells them apart.
+    """
+
+    seconds_per_micro_batch: float
+    micro_batches_per_step: int
+    within: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds_per_micro_batch <= 0 or self.micro_batches_per_step < 1:
+            raise ConfigError("batch: both fields must be positive")
+        if self.within not in (None, "speaker"):
+            raise ConfigError(f"batch.within: '{self.within}' is unknown; take speaker, or null for any utterances")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and update. Raises ConfigError where the world size does not divide the batch."""
+        total = self.micro_batches_per_step
+        if total % world_size:
+            usable = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+            raise ConfigError(
+                f"batch.micro_batches_per_step: {total} micro-batches cannot be shared by {world_size} ranks; run on "
+                f"{usable} ranks, or change batch.micro_batches_per_step and batch.seconds_per_micro_batch together so "
+                f"that their product stays {total * self.seconds_per_micro_batch:g} seconds"
+            )
+        return total // world_size
+
+
+@dataclass
+class CropConfig:
+    """Utterances shorter than the minimum are left out; longer ones than the maximum are cropped.
+
+    With `whole` the others are read to their end and padded; without it a micro-batch is cropped to its shortest.
+    """
+
+    min_seconds: float
+    max_seconds: float
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_seconds <= self.max_seconds:
+            raise ConfigError(f"crop: need 0 < min_seconds <= max_seconds, not {self.min_seconds}, {self.max_seconds}")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with the published values; `clip_norm` 0 switches clipping off."""
+
+    name: str
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        if self.name != "adamw":
+            raise ConfigError(f"optimizer.name: unknown optimiser '{self.name}'; known: adamw")
+
+
+@dataclass
+class CorpusConfig:
+    """One of `data.corpora`: `tag` is its name or language, the rest as in `data`; `weight` its share of the audio."""
+
+    tag: str
+    dir: str
+    labels: Any = None
+    transcripts: str | None = None
+    weight: float | None = None
+
+    def label_dirs(self) -> list[Path]:
+        """The label directories, one per label set."""
+        return _paths(self.labels)
+
+
+@dataclass
+class DataConfig:
+    """Where the audio and its labels are. `labels` is a label directory, a list of them, or null.
+
+    `speakers` (for `batch.within`) is the place of the speaker in a path, or a table; `transcripts` a table of symbol
+    strings and `dictionary` the file that numbers their symbols; in these paths `{dir}` stands for the corpus' folder
+    and `{split}` for train or valid. `corpora` takes the place of `dir`, `labels` and `transcripts`.
+    """
+
+    name: str
+    dir: str | None
+    labels: Any
+    label_rate_hz: int | None
+    workers: int
+    max_bad_share: float
+    speakers: Any = None
+    transcripts: str | None = None
+    dictionary: str | None = None
+    corpora: Any = None
+    sampling_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling_alpha is not None and self.sampling_alpha < 0:
+            raise ConfigError(
+                f"data.sampling_alpha: {self.sampling_alpha:g} is negative; 1 is natural, 0 makes all equal"
+            )
+        if self.corpora is None:
+            return
+        entries = [vars(entry) if is_dataclass(entry) else entry for entry in self.corpora]
+        self.corpora = [typed(CorpusConfig, entry, f"data.corpora[{i}]") for i, entry in enumerate(entries)]
+        self._check_corpora()
+
+    def _check_corpora(self) -> None:
+        for name in ("dir", "labels", "transcripts"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"data.{name}: given together with data.corpora; leave it out (data=corpora does)")
+        tags = [corpus.tag for corpus in self.corpora]
+        if not tags or len(set(tags)) < len(tags):
+            raise ConfigError(f"data.corpora: the tags are {tags}; list at least one corpus, each tag once")
+        weights = [corpus.weight for corpus in self.corpora if corpus.weight is not None]
+        if weights and (len(weights) < len(tags) or min(weights) <= 0 or self.sampling_alpha is not None):
+            raise ConfigError(
+                "data.corpora: weight: give every corpus a positive one, without data.sampling_alpha, or none of them"
+            )
+
+    def label_dirs(self) -> list[Path]:
+        """The label directories, one per label set."""
+        return _paths(self.labels)
+
+
+def _paths(names: Any) -> list[Path]:
+    """None, one name or a list of them as paths."""
+    return [Path(name) for name in ([] if names is None else [names] if isinstance(names, str) else names)]
+
+
+@dataclass
+class TrainerConfig:
+    """How the loop runs; nothing here changes the optimisation."""
+
+    log_every: int
+    validate_every: int
+    save_every: int
+    keep_checkpoints: int
+    save_minutes: float
+    max_validation_batches: int
+    stop_after_updates: int | None
+    max_failed_steps: int
+    memory_probe: bool
+    precision_check: bool
+    compile: bool | None
+    profile: bool
+    health: bool
+    threads: int | None
+    checkpoint_activations: bool
+    dry_run: bool
+    dry_run_device: str
+    dry_run_ranks: int | None
+
+    def __post_init__(self) -> None:
+        if self.dry_run_device not in ("cuda", "cpu"):
+            raise ConfigError(f"trainer.dry_run_device: '{self.dry_run_device}' is not one of cuda, cpu")
+        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
+            raise ConfigError(f"trainer.dry_run_ranks: {self.dry_run_ranks} is not a positive number")
+        for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_validation_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number")
+
+
+@dataclass
+class ExpectedConfig:
+    """Facts that a test holds the recipe against."""
+
+    encoder_parameters: int | None = None
+
+
+@dataclass
+class RunConfig:
+    """One run, whole. `method`, `schedule` and `deepspeed` are typed by the method, the schedule and DeepSpeed."""
+
+    name: str | None
+    recipe: str
+    output_dir: str
+    seed: int
+    precision: str
+    init_from: str | None
+    init_head: str
+    method: dict[str, Any]
+    batch: BatchConfig
+    crop: CropConfig
+    optimizer: OptimizerConfig
+    schedule: dict[str, Any]
+    data: DataConfig
+    trainer: TrainerConfig
+    deepspeed: dict[str, Any]
+    expected: ExpectedConfig = field(default_factory=ExpectedConfig)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")
+        if self.init_head not in ("keep", "reset"):
+            raise ConfigError(f"init_head: '{self.init_head}' is not one of keep, reset")
+
+    @property
+    def run_dir(self) -> Path:
+        """A function of recipe and name alone, so that the same command finds its checkpoints again."""
+        return Path(self.output_dir) / (self.name or self.recipe)
+
+
+def run_config(values: dict[str, Any]) -> RunConfig:
+    """Type a composed configuration. The method block is typed later, by the method that it names."""
+    if "name" not in (values.get("method") or {}):
+        raise ConfigError("method.name: missing; choose a recipe with recipe=<name>")
+    return typed(RunConfig, values)
+
+
+def save_yaml(values: dict[str, Any], path: Path) -> None:
+    """Write plain data as YAML in the order given."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
