@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import typed
+from pretrain.config import encoder_config
 from pretrain.errors import UserError
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 
         Raises ConfigError, naming the field, for a mapping that `Config` does not take.
         """
-        return cls(typed(cls.Config, config, "encoder"))
+        return cls(encoder_config(cls.Config, config))
 
     def to_config(self) -> dict[str, Any]:
         """The plain mapping that `from_config` takes."""

@@ -16,7 +16,8 @@ import torch
 import torchaudio
 
 from pretrain.bench import labels, loader, pipeline, step, timing, turns
-from pretrain.config import SAMPLE_DIR, ConfigError
+from pretrain.config import ConfigError
+from pretrain.data.folders import SAMPLE_DIR
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
 from pretrain.weights.interop.speech_encoder import state_to_huggingface

@@ -243,7 +243,7 @@ def test_a_recipe_chooses_its_zero_stage_and_the_command_line_wins(
     conf = shutil.copytree(CONF_DIR, tmp_path / "conf")
     recipe = "defaults: [hubert_large_ll60k, override /deepspeed: zero2]\ntrainer: {checkpoint_activations: true}\n"
     (conf / "recipe" / "fitted.yaml").write_text(f"# @package _global_\n{recipe}")
-    monkeypatch.setattr("pretrain.config.CONF_DIR", conf)
+    monkeypatch.setattr("pretrain.config.compose.CONF_DIR", conf)
     fitted = run_config(compose_recipe("fitted"))
     assert fitted.deepspeed == {"zero_optimization": {"stage": 2}}
     assert fitted.trainer.checkpoint_activations

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from pretrain.bench.loader import LoaderData
 from pretrain.bench.timing import Row, add_ratios, environment
 from pretrain.bench.turns import Turn, TurnTaker
-from pretrain.config import ConfigError, RunConfig, compose_recipe, resolve_data_dir, run_config, typed
+from pretrain.config import ConfigError, RunConfig, compose_recipe, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest
 from pretrain.method import load_method, load_reference_steps
 

@@ -61,7 +61,6 @@ class SpeechEncoder(ContextEncoder):
     )
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
-        """Raises ValueError for an unknown `extractor_mode`."""
         super().__init__()
         self.config = config
         conv_dim, dim = config.conv_feature_layers[-1][0], config.encoder_embed_dim

@@ -5,14 +5,14 @@ Sources: facebookresearch/CPC_audio `cpc/model.py`; corticph/scaling-contrastive
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, nearest
+from pretrain.config import MAY_BE_ZERO, ConfigError, nearest
 from pretrain.method import Encoder
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.conv_features import Conv1d
@@ -34,7 +34,7 @@ class CpcEncoderConfig:
     backwards.
     """
 
-    conv_layers: list[list[int]]
+    conv_layers: list[list[int]] = field(metadata=MAY_BE_ZERO)
     conv_bias: bool
     norm: str
     norm_groups: int | None
@@ -50,7 +50,7 @@ class CpcEncoderConfig:
     bidirectional: bool
 
     def __post_init__(self) -> None:
-        if any(len(layer) != 5 or layer[1] < layer[2] for layer in self.conv_layers):
+        if any(len(layer) != 5 or min(layer[:3]) < 1 or layer[1] < layer[2] for layer in self.conv_layers):
             raise ConfigError(
                 "method.encoder.conv_layers: state [channels, kernel, stride, zeros before, zeros after] per layer, "
                 "with kernels at least as long as their strides"
