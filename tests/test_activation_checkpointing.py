@@ -134,5 +134,5 @@ def test_layers_are_compiled_inside() -> None:
 
 
 def test_an_encoder_that_cannot_says_so() -> None:
-    with pytest.raises(UserError, match=r"trainer\.checkpoint_activations: Encoder cannot"):
+    with pytest.raises(UserError, match=r"trainer\.checkpoint_activations: Encoder has no"):
         Encoder().checkpoint_activations()
