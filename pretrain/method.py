@@ -9,16 +9,17 @@ import importlib
 import importlib.metadata
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import encoder_config
 from pretrain.errors import UserError
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
@@ -60,6 +61,11 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     other_sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def lengths_if_padded(self) -> Tensor | None:
+        """`lengths`, or None where no row is padded: what encoders take, so that attention needs no mask then."""
+        return self.lengths if self.padded else None
 
     def pin_memory(self) -> Batch:
         """Called by the data loader's pinning thread."""
@@ -225,22 +231,28 @@ class TargetInfo:
 class Encoder(nn.Module):
     """What is exported: waveforms to hidden states.
 
-    `hidden_sizes` and `downsample_rates` (samples per frame) have one entry per hidden state.
+    `Config` is the dataclass that the constructor takes and keeps as `config`. `hidden_sizes` and `downsample_rates`
+    (samples per frame) have one entry per hidden state.
     """
 
+    Config: ClassVar[type]
+    config: Any
     hidden_sizes: list[int]
     downsample_rates: list[int]
     # Options, by dotted name, that may differ between weights and the encoder they start: no tensor depends on them.
-    free_fields: ClassVar[tuple[str, ...]] = ()
+    weight_independent_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Encoder:
-        """Build from the plain mapping that an export's config.json holds."""
-        raise NotImplementedError
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build from the plain mapping that an export's config.json holds.
+
+        Raises ConfigError, naming the field, for a mapping that `Config` does not take.
+        """
+        return cls(encoder_config(cls.Config, config))
 
     def to_config(self) -> dict[str, Any]:
         """The plain mapping that `from_config` takes."""
-        raise NotImplementedError
+        return asdict(self.config)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples to [(B, F_l, D_l)] hidden states and [(B,)] frame counts.
@@ -249,13 +261,16 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def compile_regions(self) -> None:
-        """Compile the parts of the network that repeat; encoders that gain nothing leave this as it is."""
+    def compile_layers(self) -> None:
+        """Compile the layers of the network that repeat; encoders that gain nothing leave this as it is."""
 
     def checkpoint_activations(self) -> None:
-        """Let training compute activations twice instead of keeping them. Raises UserError where that is not built."""
+        """Switch activation checkpointing on: training keeps the inputs of layers, and backward runs them again.
+
+        Raises UserError where that is not built.
+        """
         raise UserError(
-            f"trainer.checkpoint_activations: {type(self).__name__} cannot compute its activations again; leave it "
+            f"trainer.checkpoint_activations: {type(self).__name__} has no activation checkpointing; leave it "
             "off, or take a smaller batch.seconds_per_micro_batch"
         )
 
@@ -356,9 +371,9 @@ def load_interop(name: str) -> ModuleType | None:
     return _part(name, "interop")
 
 
-def load_peers(name: str) -> ModuleType | None:
-    """The method's `peers` module (other projects' trainings of it, for the benchmark), or None where it has none."""
-    return _part(name, "peers")
+def load_reference_steps(name: str) -> ModuleType | None:
+    """The method's `reference_steps` module, or None where it has none: other projects' training, for the benchmark."""
+    return _part(name, "reference_steps")
 
 
 def _part(name: str, part: str) -> ModuleType | None:

@@ -16,11 +16,12 @@ import torch
 import torchaudio
 
 from pretrain.bench import labels, loader, pipeline, step, timing, turns
-from pretrain.config import SAMPLE_DIR, ConfigError
+from pretrain.config import ConfigError
+from pretrain.data.folders import SAMPLE_DIR
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
 from pretrain.weights.interop.speech_encoder import state_to_huggingface
-from recipes.hubert.peers import TorchaudioHubert, TransformersHubert
+from recipes.hubert.reference_steps import TorchaudioHubert, TransformersHubert
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 CPU = torch.device("cpu")

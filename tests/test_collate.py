@@ -79,9 +79,9 @@ def test_rows_of_one_length_are_stacked_without_padding() -> None:
     def example(values: list[float]) -> Example:
         return Example(torch.tensor(values), 0, 0, {}, np.random.default_rng(0))
 
-    waveforms, lengths, padded = stack_waveforms([example([1.0, 2.0]), example([3.0, 4.0])])
+    waveforms, lengths, _, padded = stack_waveforms([example([1.0, 2.0]), example([3.0, 4.0])])
     assert waveforms.tolist() == [[1, 2], [3, 4]]
     assert (lengths.tolist(), padded) == ([2, 2], False)
-    waveforms, lengths, padded = stack_waveforms([example([1.0, 2.0, 5.0]), example([3.0])])
+    waveforms, lengths, _, padded = stack_waveforms([example([1.0, 2.0, 5.0]), example([3.0])])
     assert waveforms.tolist() == [[1, 2, 5], [3, 0, 0]]
     assert (lengths.tolist(), padded) == ([3, 1], True)

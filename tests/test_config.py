@@ -20,10 +20,10 @@ from pretrain.config import (
     compose_recipe,
     parse_cli,
     recipe_names,
-    resolve_data_dir,
     run_config,
     save_yaml,
 )
+from pretrain.data.folders import resolve_data_dir
 
 TINY = compose_recipe("hubert_tiny")
 

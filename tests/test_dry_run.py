@@ -58,12 +58,12 @@ def counted(method: Method, batch: Batch, dtype: torch.dtype | None) -> int:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimate_is_what_a_real_step_holds(recompute: bool, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_the_estimate_is_what_a_real_step_holds(checkpoint_activations: bool, dtype: torch.dtype | None) -> None:
     make, batch = step_of("hubert_tiny", *REGULARISED)
-    estimate = measure(make, batch, dtype=dtype, on_gpu=False, recompute=recompute)
+    estimate = measure(make, batch, dtype=dtype, on_gpu=False, checkpoint_activations=checkpoint_activations)
     method = make()
-    if recompute:
+    if checkpoint_activations:
         method.encoder.checkpoint_activations()
     assert estimate.peak == pytest.approx(counted(method, batch, dtype), rel=0.01)
     assert estimate.saved < estimate.peak
@@ -72,19 +72,20 @@ def test_the_estimate_is_what_a_real_step_holds(recompute: bool, dtype: torch.dt
 
 @pytest.mark.slow
 def test_the_estimate_is_near_what_a_process_takes() -> None:
-    kept, recomputed = measure_memory(MemoryOptions("memory", recipe="hubert_tiny:4:4", threads=1))["rows"]
+    kept, checkpointed = measure_memory(MemoryOptions("memory", recipe="hubert_tiny:4:4", threads=1))["rows"]
     assert kept["estimate"] == pytest.approx(kept["counted"], rel=0.01)
     assert 0.8 < kept["estimate_by_resident"] < 1.1
-    assert recomputed["resident"] < kept["resident"]
+    assert checkpointed["resident"] < kept["resident"]
 
 
 def test_activation_checkpointing_keeps_less() -> None:
     make, batch = step_of("hubert_tiny", *REGULARISED)
-    kept, recomputed = (
-        measure(make, batch, dtype=torch.bfloat16, on_gpu=True, recompute=recompute) for recompute in (False, True)
+    kept, checkpointed = (
+        measure(make, batch, dtype=torch.bfloat16, on_gpu=True, checkpoint_activations=checkpoint_activations)
+        for checkpoint_activations in (False, True)
     )
-    assert recomputed.saved < kept.saved / 5
-    assert recomputed.peak < kept.peak
+    assert checkpointed.saved < kept.saved / 5
+    assert checkpointed.peak < kept.peak
 
 
 class CudaKernels(TorchFunctionMode):
@@ -101,7 +102,7 @@ class CudaKernels(TorchFunctionMode):
 def test_what_a_gpu_keeps_is_what_torch_keeps_of_fake_cuda_tensors(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward only: torch's autograd refuses fake CUDA tensors without a driver, its autocast does not."""
     make, batch = step_of("hubert_tiny", *REGULARISED, f"method.encoder.extractor_mode={mode}")
-    estimate = measure(make, batch, dtype=torch.bfloat16, on_gpu=True, recompute=False)
+    estimate = measure(make, batch, dtype=torch.bfloat16, on_gpu=True, checkpoint_activations=False)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     saved: dict[int, int] = {}
@@ -159,7 +160,7 @@ def test_a_step_that_needs_numbers_names_the_operation() -> None:
     with pytest.raises(
         ConfigError, match=r"trainer\.dry_run: .*because aten\._local_scalar_dense\.default needs numbers"
     ):
-        measure(Asking, micro_batch(0, 0), dtype=None, on_gpu=True, recompute=False)
+        measure(Asking, micro_batch(0, 0), dtype=None, on_gpu=True, checkpoint_activations=False)
 
 
 @pytest.mark.parametrize("recipe", TINY + LARGE)
@@ -229,11 +230,11 @@ def test_losses_are_the_same_with_activation_checkpointing(
     losses: Callable[..., list[dict[str, Any]]], stage: int, precision: str
 ) -> None:
     options = [f"deepspeed=zero{stage}", f"precision={precision}", "method.encoder.attention_dropout=0.1"]
-    kept, recomputed = (
-        losses(f"recompute_{value}", *options, f"trainer.checkpoint_activations={value}") for value in (False, True)
+    kept, checkpointed = (
+        losses(f"checkpointing_{value}", *options, f"trainer.checkpoint_activations={value}") for value in (False, True)
     )
     assert len(kept) == 3
-    assert recomputed == kept
+    assert checkpointed == kept
 
 
 def test_a_recipe_chooses_its_zero_stage_and_the_command_line_wins(
@@ -242,7 +243,7 @@ def test_a_recipe_chooses_its_zero_stage_and_the_command_line_wins(
     conf = shutil.copytree(CONF_DIR, tmp_path / "conf")
     recipe = "defaults: [hubert_large_ll60k, override /deepspeed: zero2]\ntrainer: {checkpoint_activations: true}\n"
     (conf / "recipe" / "fitted.yaml").write_text(f"# @package _global_\n{recipe}")
-    monkeypatch.setattr("pretrain.config.CONF_DIR", conf)
+    monkeypatch.setattr("pretrain.config.compose.CONF_DIR", conf)
     fitted = run_config(compose_recipe("fitted"))
     assert fitted.deepspeed == {"zero_optimization": {"stage": 2}}
     assert fitted.trainer.checkpoint_activations

@@ -143,7 +143,7 @@ def test_weights_from_before_an_option_existed_get_its_default(sources: dict[str
 def test_free_options_exist(recipe: str) -> None:
     """A name that is spelt wrong would never apply."""
     encoder = on_meta(recipe).encoder
-    for name in encoder.free_fields:
+    for name in encoder.weight_independent_fields:
         value: Any = encoder.to_config()
         for part in name.split("."):
             # A block that this recipe leaves out has no options.

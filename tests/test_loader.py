@@ -206,7 +206,7 @@ def test_a_collator_of_labels_opens_no_file(own_corpus: Path) -> None:
         np.testing.assert_array_equal(example.targets["labels_0"], other.targets["labels_0"])
         assert not example.waveform.any()
         assert example.waveform.untyped_storage().nbytes() == 4
-    waveforms, lengths, padded = silent_waveforms(kept.examples)
+    waveforms, lengths, _, padded = silent_waveforms(kept.examples)
     assert (waveforms.shape, padded) == ((len(planned.rows), planned.crop_samples), False)
     assert lengths.tolist() == [planned.crop_samples] * len(planned.rows)
     assert waveforms.untyped_storage().nbytes() == 4

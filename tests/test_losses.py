@@ -1,4 +1,4 @@
-"""Masked prediction against closed forms: torch's cosine and cross-entropy, and fairseq's positive-first form."""
+"""Losses against closed forms: torch's cosine and cross-entropy, fairseq's positive-first form, sums by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.losses.masked_prediction import cosine_logits, prediction_loss
+from pretrain.losses.reconstruction import l1_sum
 
 TEMPERATURE = 0.1
 
@@ -85,3 +86,10 @@ def test_logits_are_fp32_under_autocast_and_finite_for_a_zero_frame() -> None:
     cosine_logits(zero, codebook, TEMPERATURE).sum().backward()
     assert torch.isfinite(zero.grad).all()
     assert not cosine_logits(torch.zeros(1, 12), codebook, TEMPERATURE).any()
+
+
+def test_the_summed_error() -> None:
+    predictions, targets = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
+    assert l1_sum(predictions, targets).item() == 6.0
+    assert l1_sum(predictions, targets, torch.tensor([[True, False], [True, True]])).item() == 4.0
+    assert l1_sum(predictions.bfloat16(), targets).dtype == torch.float32

@@ -7,7 +7,7 @@ import pytest
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
 from pretrain.errors import UserError
-from pretrain.objectives.masking import equalise, separate_span_mask, span_mask
+from pretrain.objectives.masking import equalise, last_visible, separate_span_mask, span_mask
 
 DRAWS = 3000
 # Masked share of a row, mean and standard deviation over rows, of fairseq's function [run]: T, p, min_masks.
@@ -156,3 +156,9 @@ def test_rows_too_short_for_their_separate_spans_leave_a_frame(frames: int, hidd
 def test_a_single_frame_has_no_separate_span() -> None:
     with pytest.raises(UserError, match=r"1 frame is too few"):
         separate_span_mask(np.random.default_rng(0), 1, 0.09, 10, 2, 1)
+
+
+def test_the_last_visible_frame() -> None:
+    mask = np.array([1, 1, 0, 0, 1, 1, 0, 1], dtype=bool)
+    assert last_visible(mask).tolist() == [2, 2, 2, 3, 3, 3, 6, 6]
+    assert last_visible(np.ones(3, dtype=bool)).tolist() == [0, 0, 0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain.config import SAMPLE_DIR
+from pretrain.data.folders import SAMPLE_DIR
 
 MAX_BYTES = 8_000_000
 VOWELS = set("aeiouyøœɑæəɐʌɪʊɛɔɚ")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, HubertModel
 
+from pretrain.errors import UserError
 from pretrain.models import conv_features
 from pretrain.models.kernels import attention
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig, normalize_waveforms
@@ -320,10 +321,20 @@ def test_flops_against_torch_counter() -> None:
     assert encoder.training_flops(samples) == forward + counter.get_total_flops() - positions * (4 - 1)
 
 
-@pytest.mark.parametrize("field", ["extractor_mode", "frame_length_rule"])
-def test_unknown_choices_are_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=field):
-        SpeechEncoder(small_config(**{field: "other"}))
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [
+        ("extractor_mode", "other", "'other'; use default or layer_norm"),
+        ("frame_length_rule", "other", "'other'; use fold or conv"),
+        ("conv_feature_layers", [[32, 10]], r"\[dim, kernel, stride\]"),
+        ("conv_feature_layers", [[32, 2, 5]], "every sample is seen"),
+        ("encoder_attention_heads", 5, "5 does not divide encoder_embed_dim 48"),
+        ("conv_pos_groups", 5, "5 does not divide encoder_embed_dim 48"),
+    ],
+)
+def test_impossible_choices_are_refused(field: str, value: object, choices: str) -> None:
+    with pytest.raises(UserError, match=rf"^method\.encoder\.{field}: .*{choices}"):
+        small_config(**{field: value})
 
 
 @pytest.mark.parametrize("mode", ["default", "layer_norm"])

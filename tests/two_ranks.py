@@ -14,7 +14,7 @@ from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
 
 from pretrain.method import Batch, Example, Progress
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World, all_agree, from_main, join_world
 from pretrain.training.engine import Engine
@@ -110,10 +110,10 @@ def hubert_losses(world: World) -> dict[str, list[float]]:
     return losses
 
 
-def conformer_run(world: World, zero: dict[str, Any], recompute: bool) -> dict[str, list[float]]:
+def conformer_run(world: World, zero: dict[str, Any], checkpoint_activations: bool) -> dict[str, list[float]]:
     """Three updates of a HuBERT with conformer layers: its losses, and one running variance at the end."""
     method = small_method(KINDS[1], layer_type="conformer", pos_enc_type="rel_pos", dropout=0.0, dropout_input=0.0)
-    if recompute:
+    if checkpoint_activations:
         method.encoder.checkpoint_activations()
     engine = Engine(method.train(), OPTIMIZER, {"zero_optimization": zero}, "fp32", world.device)
     losses = [_hubert_update(engine, update, world) for update in range(3)]
@@ -132,7 +132,7 @@ def _hubert_update(engine: Engine, update: int, world: World) -> float:
         total += output.loss.detach()
     dist.all_reduce(total)
     assert engine.step(1e-2, torch.zeros(()))
-    settle_statistics(engine.method, applied=True)
+    update_running_statistics(engine.method, applied=True)
     return total.item()
 
 
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
         "same_world": [continued(folder, wrote, stage, world, written_by=2) for wrote, stage in CHANGES],
         "from_one_rank": [continued(folder, wrote, stage, world, written_by=1) for wrote, stage in CHANGES],
         "hubert": hubert_losses(world),
-        "conformer": conformer_run(world, SHARED_OUT, recompute=True),
+        "conformer": conformer_run(world, SHARED_OUT, checkpoint_activations=True),
         "failing": one_rank_fails_to_write(folder, world),
         "damaged": damage_seen_by_one_rank(folder, world),
         "from_main": from_main({"rank": world.rank}),

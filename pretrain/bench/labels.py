@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from pretrain.bench.timing import Row, add_ratios, cost_of, environment, in_fresh_process, peak_resident_gb
-from pretrain.config import ConfigError, resolve_data_dir
+from pretrain.config import ConfigError
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor, FeatureSpec

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.bench.timing import Row, add_ratios, environment, interleaved
-from pretrain.config import ConfigError, compose_recipe, resolve_data_dir, run_config, typed
+from pretrain.config import ConfigError, compose_recipe, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE, audio_info
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.labels import LabelSet, write_labels
 from pretrain.data.loader import MicroBatchReader, Split, batches, planned_reader
 from pretrain.data.manifest import Manifest

@@ -50,19 +50,19 @@ def measure_memory(options: MemoryOptions) -> dict[str, Any]:
     rows = []
     for shape in options.recipe.split(","):
         for precision in options.precision.split(","):
-            for recompute in (False, True):
+            for checkpoint_activations in (False, True):
                 recipe, batch, seconds = shape.split(":")
                 row = {"recipe": recipe, "batch": f"{batch} x {seconds} s", "precision": precision}
-                row["checkpoint_activations"] = "yes" if recompute else "no"
+                row["checkpoint_activations"] = "yes" if checkpoint_activations else "no"
                 for column in (estimate_gb, counted_gb, resident_gb):
                     name = column.__name__.removesuffix("_gb")
-                    row[name] = in_fresh_process(column, options, shape, precision, recompute)
+                    row[name] = in_fresh_process(column, options, shape, precision, checkpoint_activations)
                 rows.append(row | {"estimate_by_resident": row["estimate"] / row["resident"]})
     machine = environment(torch.device("cpu"))
     return {"task": "memory", "note": NOTE, "environment": machine, "rows": rows, "absent": {}}
 
 
-def estimate_gb(options: MemoryOptions, shape: str, precision: str, recompute: bool) -> float:
+def estimate_gb(options: MemoryOptions, shape: str, precision: str, checkpoint_activations: bool) -> float:
     """What the dry run says."""
     subject, batch = _subject(shape)
     footprint = measure(
@@ -70,22 +70,22 @@ def estimate_gb(options: MemoryOptions, shape: str, precision: str, recompute: b
         batch,
         dtype=DTYPES.get(precision),
         on_gpu=False,
-        recompute=recompute,
+        checkpoint_activations=checkpoint_activations,
     )
     return footprint.peak / 1e9
 
 
-def counted_gb(options: MemoryOptions, shape: str, precision: str, recompute: bool) -> float:
+def counted_gb(options: MemoryOptions, shape: str, precision: str, checkpoint_activations: bool) -> float:
     """Bytes of the tensors of a real step."""
-    method, batch, known = _ready(options, shape, recompute)
+    method, batch, known = _ready(options, shape, checkpoint_activations)
     with LiveBytes(known) as live:
         _step(method, batch, precision)
     return live.peak / 1e9
 
 
-def resident_gb(options: MemoryOptions, shape: str, precision: str, recompute: bool) -> float:
+def resident_gb(options: MemoryOptions, shape: str, precision: str, checkpoint_activations: bool) -> float:
     """Most resident memory of a real step less that before it. Linux only."""
-    method, batch, _ = _ready(options, shape, recompute)
+    method, batch, _ = _ready(options, shape, checkpoint_activations)
     recipe, rows, _ = shape.split(":")
     _step(method, _subject(f"{recipe}:{rows}:1")[1], precision)  # threads, code and kernels' tables are there now
     gc.collect()
@@ -102,14 +102,16 @@ def _subject(shape: str) -> tuple[Subject, Batch]:
     return subject, make_batch(options, subject)
 
 
-def _ready(options: MemoryOptions, shape: str, recompute: bool) -> tuple[Method, Batch, list[torch.Tensor]]:
+def _ready(
+    options: MemoryOptions, shape: str, checkpoint_activations: bool
+) -> tuple[Method, Batch, list[torch.Tensor]]:
     """A method in train mode whose gradients have their place, as in every micro-batch but the first."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     subject, batch = _subject(shape)
     torch.manual_seed(0)
     method = subject.method_class(subject.config).train()
-    if recompute:
+    if checkpoint_activations:
         method.encoder.checkpoint_activations()
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from pretrain.bench.loader import LoaderData
 from pretrain.bench.timing import Row, add_ratios, environment
 from pretrain.bench.turns import Turn, TurnTaker
-from pretrain.config import ConfigError, RunConfig, compose_recipe, resolve_data_dir, run_config, typed
+from pretrain.config import ConfigError, RunConfig, compose_recipe, run_config, typed
 from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest
-from pretrain.method import load_method, load_peers
+from pretrain.method import load_method, load_reference_steps
 
 OURS, THEIRS = "headwater", "s3prl"
 FRAMES_PER_SECOND = 100
@@ -58,7 +59,7 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class S3prlTraining:
-    """What a method's `peers.s3prl_training(config)` says of s3prl's pre-training of the same network.
+    """What a method's `reference_steps.s3prl_training(config)` says of s3prl's pre-training of the same network.
 
     `upstream` is the folder in s3prl/pretrain; `upstream_config` its model's configuration, where `task` lacks
     `sequence_length`; `optimizer` the runner's block; `samples_per_timestep` what its `max_timestep` counts in;
@@ -144,7 +145,7 @@ def _our_job(
 
 def _their_training(config: RunConfig) -> S3prlTraining:
     name = config.method["name"]
-    describe: Callable[[Any], S3prlTraining] | None = getattr(load_peers(name), "s3prl_training", None)
+    describe: Callable[[Any], S3prlTraining] | None = getattr(load_reference_steps(name), "s3prl_training", None)
     if describe is None:
         raise ConfigError(
             f"recipe: s3prl's pre-training has no counterpart of {config.recipe}; take APC, NPC or TERA's family"

@@ -16,7 +16,7 @@ from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_p
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.targets import made_up_infos, made_up_targets
-from pretrain.method import Batch, Example, Method, load_method, load_peers
+from pretrain.method import Batch, Example, Method, load_method, load_reference_steps
 from pretrain.training.metrics import peak_flops, peak_memory_gb
 from pretrain.training.precision import DTYPES, autocast
 
@@ -80,15 +80,17 @@ class Subject:
 
     @classmethod
     def of_recipe(cls, recipe: str) -> Subject:
-        """Peers are `PEERS` of the method's module `peers`, where it has one. Call it before any peer is imported:
-        fairseq registers a schema with Hydra that would then apply to our configuration.
+        """Peers are `REFERENCE_STEPS` of the method's module `reference_steps`, where it has one.
+
+        Call it before any peer is imported: fairseq registers a schema with Hydra that would then apply to our
+        configuration.
         """
         values = compose_recipe(recipe)["method"]
         package = load_method(values["name"])
         config = typed(package.Method.Config, values, "method")
         found = made_up_infos(package.Method.targets(config), LABEL_RATE_HZ)
         fitted = package.Method.fit_to_targets(config, found) if found else config
-        return cls(package.Method, fitted, getattr(load_peers(values["name"]), "PEERS", {}))
+        return cls(package.Method, fitted, getattr(load_reference_steps(values["name"]), "REFERENCE_STEPS", {}))
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def make_contender(options: StepOptions, name: str, subject: Subject, device: to
     if name == OURS:
         method = subject.method_class(subject.config).to(device).train()
         if options.compile:
-            method.encoder.compile_regions()
+            method.encoder.compile_layers()
         return Contender(method, lambda batch: method(batch).total(batch))
     peer = subject.peers[name](subject.config).to(device).train()
     return Contender(peer, peer)

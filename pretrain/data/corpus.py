@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.config import ConfigError, CorpusConfig, DataConfig, resolve_data_dir
+from pretrain.config import ConfigError, CorpusConfig, DataConfig
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.joined import JoinedLabels, JoinedManifest, first_rows
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import Split, check_files

@@ -11,11 +11,12 @@ One module for training and for `Upstream`. Each kind equals what s3prl computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import MAY_BE_ZERO
 from pretrain.errors import UserError
 from pretrain.features.cmvn import normalize_frames, valid_mask
 from pretrain.features.fbank import SHIFT_SAMPLES, Fbank, append_deltas
@@ -41,7 +42,7 @@ class FrontEndConfig:
     bins: int
     window: str | None
     low_hz: float | None
-    deltas: int
+    deltas: int = field(metadata=MAY_BE_ZERO)
     level_db: float | None
     frame_step: int
     cmvn: bool

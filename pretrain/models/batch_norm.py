@@ -12,10 +12,10 @@ class BatchNorm(nn.BatchNorm1d):
     """`nn.BatchNorm1d` over the last dimension of (..., D), in the precision of its weights.
 
     In training every micro-batch is normalised by its own mean and variance, all of its frames counted. The running
-    statistics do not move then: the micro-batch's are added to `pending`, and `settle_statistics` moves them once per
-    update towards the mean over the update's micro-batches on all ranks. torch's own would move per micro-batch and
-    rank, and a checkpoint would hold those of one rank. A forward that activation checkpointing repeats adds its
-    statistics again; as every micro-batch is repeated alike, the mean stays.
+    statistics do not move then: the micro-batch's are added to `pending`, and `update_running_statistics`, which the
+    trainer calls, moves them once per update towards the mean over the update's micro-batches on all ranks. torch's own
+    would move per micro-batch and rank, and a checkpoint would hold those of one rank. A forward that activation
+    checkpointing repeats adds its statistics again; as every micro-batch is repeated alike, the mean stays.
     """
 
     def __init__(self, dim: int) -> None:
@@ -24,7 +24,7 @@ class BatchNorm(nn.BatchNorm1d):
         self.register_buffer("pending", torch.zeros(3, dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D), over all positions; training leaves the statistics for `settle_statistics`."""
+        """(..., D) to (..., D), over all positions; training leaves the statistics for `update_running_statistics`."""
         flat = x.to(self.weight.dtype).reshape(-1, x.shape[-1])
         if not self.training:
             out = F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -36,7 +36,7 @@ class BatchNorm(nn.BatchNorm1d):
         return out.view(x.shape)
 
 
-def settle_statistics(module: nn.Module, applied: bool) -> None:
+def update_running_statistics(module: nn.Module, applied: bool) -> None:
     """Move the running statistics of every `BatchNorm` in `module` by one update; a collective call.
 
     Nothing moves where the update was not `applied`, or in a layer that no forward went through.

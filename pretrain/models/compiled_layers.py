@@ -1,4 +1,4 @@
-"""Compiling the parts of a network that repeat."""
+"""Compiling the layers of a network that repeat."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 
-def compile_in_place(regions: Iterable[nn.Module]) -> None:
-    """Compile each region; parameter names stay. Meant for GPUs, and for batches that come in few shapes."""
+def compile_in_place(layers: Iterable[nn.Module]) -> None:
+    """Compile each layer; parameter names stay. Meant for GPUs, and for batches that come in few shapes."""
     # Each shape is compiled for training and evaluation; torch gives up after eight by default.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for region in regions:
-        region.compile(dynamic=False)
+    for layer in layers:
+        layer.compile(dynamic=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.activation_checkpointing import call
 from pretrain.models.conformer import ConformerLayer
 from pretrain.models.kernels import LayerNorm, dropout
+from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.positions import ConvPositions, relative_positions, rotary_positions
 from pretrain.models.transformer import TransformerLayer
 
@@ -30,6 +31,7 @@ class ContextConfig(Protocol):
     dropout: float
     attention_dropout: float
     activation_dropout: float
+    encoder_layerdrop: float
     pos_enc_type: str
     depthwise_conv_kernel_size: int
 
@@ -42,7 +44,7 @@ class ContextNetwork(nn.Module):
 
     Source: fairseq `TransformerEncoder` and `ConformerEncoder`. The positional convolution, which the latter inherits
     but never uses, exists only where it is used: a parameter without a gradient would be a burden under ZeRO.
-    `recompute` says whether the layers' activations are computed twice instead of kept.
+    `skipped` says which layers a forward in training leaves out (LayerDrop).
     """
 
     def __init__(self, config: ContextConfig) -> None:
@@ -50,10 +52,10 @@ class ContextNetwork(nn.Module):
         dim = config.encoder_embed_dim
         self.dropout, self.layer_norm_first = config.dropout, config.layer_norm_first
         self.pos_enc_type, self.head_dim = config.pos_enc_type, dim // config.encoder_attention_heads
-        self.recompute = False
         if self.pos_enc_type == "abs":
             self.pos_conv = ConvPositions(dim, config.conv_pos, config.conv_pos_groups)
-        self.layers = nn.ModuleList(make_layer(config) for _ in range(config.encoder_layers))
+        self.layers = LayerStack(make_layer(config) for _ in range(config.encoder_layers))
+        self.layerdrop, self.skipped = config.encoder_layerdrop, [False] * config.encoder_layers
         self.layer_norm = LayerNorm(dim)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -61,7 +63,14 @@ class ContextNetwork(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, frame_lengths: Tensor | None, skipped: list[bool]) -> list[Tensor]:
+    def draw_layerdrop(self, rng: np.random.Generator) -> None:
+        """Draw which layers the next forwards in training skip, each with probability `encoder_layerdrop`.
+
+        Drawn per update and not per forward, so that all micro-batches and ranks give gradients to the same layers.
+        """
+        self.skipped = [bool(rng.random() <= self.layerdrop) for _ in self.skipped]
+
+    def forward(self, x: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, D) to L + 1 hidden states (B, F, D): the input of every layer, then the encoder's output."""
         valid = None
         if frame_lengths is not None:
@@ -72,12 +81,9 @@ class ContextNetwork(nn.Module):
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = dropout(x, self.dropout, self.training)
-        hidden_states = []
-        for layer, skip in zip(self.layers, skipped, strict=True):
-            hidden_states.append(x)
-            if not skip:
-                x = call(layer, x, valid, *positions, recompute=self.recompute)
-        hidden_states.append(self.layer_norm(x) if self.layer_norm_first else x)
+        hidden_states = self.layers(x, valid, *positions, skipped=self.skipped if self.training else ())
+        if self.layer_norm_first:
+            hidden_states[-1] = self.layer_norm(hidden_states[-1])
         return hidden_states
 
     def _positions(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -88,6 +94,21 @@ class ContextNetwork(nn.Module):
         if self.pos_enc_type == "rel_pos":
             return x, (relative_positions(frames, dim, x.device),)
         return x, (rotary_positions(frames, self.head_dim, x.device),)
+
+
+class ContextEncoder(StackEncoder):
+    """An encoder with a `ContextNetwork` in `encoder`."""
+
+    encoder: ContextNetwork
+
+    @property
+    def layers(self) -> LayerStack:  # type: ignore[override]
+        """The layers of the context network."""
+        return self.encoder.layers
+
+    def draw_layerdrop(self, rng: np.random.Generator) -> None:
+        """Draw which layers the next forwards in training skip; see `ContextNetwork.draw_layerdrop`."""
+        self.encoder.draw_layerdrop(rng)
 
 
 def make_layer(config: ContextConfig) -> nn.Module:

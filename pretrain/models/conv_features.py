@@ -179,10 +179,6 @@ class ConvFeatureExtractor(nn.Module):
 
     def __init__(self, conv_layers: list[list[int]], mode: str, bias: bool) -> None:
         super().__init__()
-        if mode not in ("default", "layer_norm"):
-            raise ValueError(f"extractor_mode: unknown mode '{mode}'; use 'default' or 'layer_norm'")
-        if any(kernel < stride for _, kernel, stride in conv_layers):
-            raise ValueError("conv_feature_layers: a kernel is shorter than its stride; every sample must be seen")
         self.conv_layers = nn.ModuleList()
         in_dim = 1
         for i, (dim, kernel, stride) in enumerate(conv_layers):

@@ -1,9 +1,9 @@
-"""Equal layers one after the other, and what an encoder does with such a stack: compile, recompute, cut."""
+"""Equal layers one after the other, and what an encoder does with them: compile, checkpoint activations, cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,20 +17,25 @@ E = TypeVar("E", bound=Encoder)
 class LayerStack(nn.ModuleList):
     """`passes` layers in a row: each of the list once, or the only one of the list `passes` times.
 
-    A list, so that parameters are named after the place of their layer. `recompute` says whether the layers'
-    activations are computed twice instead of kept.
+    A list, so that parameters are named after the place of their layer. `checkpointing` says whether training keeps
+    the inputs of the layers alone, and backward computes their activations a second time.
     """
 
     def __init__(self, layers: Iterable[nn.Module], passes: int | None = None) -> None:
         super().__init__(layers)
         self.passes = len(self) if passes is None else passes
-        self.recompute = False
+        self.checkpointing = False
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> list[Tensor]:
-        """(B, F, D) to `passes` + 1 hidden states: `x`, and what each pass makes of the one before."""
+    def forward(self, x: Tensor, *inputs: Any, skipped: Sequence[bool] = ()) -> list[Tensor]:
+        """(B, F, D) to `passes` + 1 hidden states: `x`, and what each pass makes of the one before.
+
+        `inputs` are what every layer takes beside its frames. A pass that is True in `skipped`, which has one entry
+        per pass or none at all, gives its input.
+        """
         hidden_states = [x]
-        for layer in self._in_order():
-            x = call(layer, x, valid, recompute=self.recompute)
+        for index, layer in enumerate(self._in_order()):
+            if not skipped or not skipped[index]:
+                x = call(layer, x, *inputs, checkpointing=self.checkpointing)
             hidden_states.append(x)
         return hidden_states
 
@@ -43,13 +48,13 @@ class StackEncoder(Encoder):
 
     layers: LayerStack
 
-    def compile_regions(self) -> None:
+    def compile_layers(self) -> None:
         """Compile each layer in place; parameter names stay. Meant for GPUs."""
         compile_in_place(self.layers)
 
     def checkpoint_activations(self) -> None:
-        """Keep the input of every layer alone, and compute the rest again in backward."""
-        self.layers.recompute = True
+        """Keep the input of every layer alone; backward computes the activations within a layer a second time."""
+        self.layers.checkpointing = True
 
     def truncated(self: E, layer: int) -> E:
         """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""

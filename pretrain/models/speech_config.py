@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pretrain.errors import UserError
 
+EXTRACTOR_MODES = ("default", "layer_norm")
 FRAME_LENGTH_RULES = ("fold", "conv")
 # Layer type -> how its layers learn positions.
 POSITIONS = {"transformer": ("abs",), "conformer": ("rel_pos", "rope")}
@@ -15,7 +16,8 @@ POSITIONS = {"transformer": ("abs",), "conformer": ("rel_pos", "rope")}
 class SpeechEncoderConfig:
     """Shape and regularisation of a speech encoder; the names are fairseq's, the values the recipe's.
 
-    `conv_feature_layers` lists (dim, kernel, stride). `normalize` brings each waveform to zero mean and unit variance
+    `conv_feature_layers` lists (dim, kernel, stride); `extractor_mode` "default" has a group norm after the first of
+    them, "layer_norm" a layer norm after every one. `normalize` brings each waveform to zero mean and unit variance
     over its own samples. `frame_length_rule` says which frames of a padded waveform are real: "conv" the exact count
     (wav2vec 2.0, data2vec, transformers), "fold" fairseq's HuBERT and WavLM rule (a frame is padding only if all
     samples of its stride are).
@@ -23,8 +25,7 @@ class SpeechEncoderConfig:
     `layer_type` "conformer" goes with `pos_enc_type` "rel_pos" or "rope", "transformer" with "abs", the positional
     convolution. A conformer uses `dropout` everywhere and, as in fairseq, neither `attention_dropout` nor
     `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused convolution that other projects
-    want in an export. Raises ValueError for an unknown `frame_length_rule`, UserError for layers, positions, heads and
-    kernel that do not go together.
+    want in an export. Raises UserError for an unknown name, and for values that do not go together.
     """
 
     extractor_mode: str
@@ -50,8 +51,18 @@ class SpeechEncoderConfig:
     depthwise_conv_kernel_size: int = 31
 
     def __post_init__(self) -> None:
+        self._check_convolutions()
         if self.frame_length_rule not in FRAME_LENGTH_RULES:
-            raise ValueError(f"frame_length_rule: unknown rule '{self.frame_length_rule}'; use 'fold' or 'conv'")
+            raise UserError(
+                f"method.encoder.frame_length_rule: unknown rule '{self.frame_length_rule}'; use "
+                f"{' or '.join(FRAME_LENGTH_RULES)}"
+            )
+        for name in ("encoder_attention_heads", *(["conv_pos_groups"] if self.layer_type == "transformer" else [])):
+            if self.encoder_embed_dim % getattr(self, name):
+                raise UserError(
+                    f"method.encoder.{name}: {getattr(self, name)} does not divide encoder_embed_dim "
+                    f"{self.encoder_embed_dim}; use a number that does"
+                )
         if self.layer_type not in POSITIONS:
             raise UserError(
                 f"method.encoder.layer_type: unknown type '{self.layer_type}'; use {' or '.join(POSITIONS)}"
@@ -70,6 +81,18 @@ class SpeechEncoderConfig:
             raise UserError(
                 "method.encoder.encoder_attention_heads: rope turns pairs of channels, and "
                 f"{self.encoder_embed_dim} / {self.encoder_attention_heads} is no even number; use other heads"
+            )
+
+    def _check_convolutions(self) -> None:
+        if self.extractor_mode not in EXTRACTOR_MODES:
+            raise UserError(
+                f"method.encoder.extractor_mode: unknown mode '{self.extractor_mode}'; use "
+                f"{' or '.join(EXTRACTOR_MODES)}"
+            )
+        if any(len(layer) != 3 or layer[1] < layer[2] for layer in self.conv_feature_layers):
+            raise UserError(
+                "method.encoder.conv_feature_layers: state [dim, kernel, stride] for every layer, with kernels at "
+                "least as long as their strides, so that every sample is seen"
             )
 
     @property

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.method import Encoder
 from pretrain.models import conv_features
 from pretrain.models.activation_checkpointing import call
 from pretrain.models.compiled_layers import compile_in_place
-from pretrain.models.context import ContextNetwork
+from pretrain.models.context import ContextEncoder, ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.layer_stack import with_layers
@@ -44,13 +41,15 @@ class ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-class SpeechEncoder(Encoder):
+class SpeechEncoder(ContextEncoder):
     """Waveforms to the L + 1 hidden states of a convolutional Transformer or conformer.
 
     Source: HuBERT, arXiv 2106.07447, section III-A; fairseq `hubert.py` and `wav2vec2.py`.
     """
 
-    free_fields = (
+    Config = SpeechEncoderConfig
+    config: SpeechEncoderConfig
+    weight_independent_fields = (
         "dropout",
         "attention_dropout",
         "activation_dropout",
@@ -62,7 +61,6 @@ class SpeechEncoder(Encoder):
     )
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
-        """Raises ValueError for an unknown `extractor_mode`."""
         super().__init__()
         self.config = config
         conv_dim, dim = config.conv_feature_layers[-1][0], config.encoder_embed_dim
@@ -75,14 +73,6 @@ class SpeechEncoder(Encoder):
         self.encoder = ContextNetwork(config)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.stride_samples] * (config.encoder_layers + 1)
-        self._skipped = [False] * config.encoder_layers
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SpeechEncoder:
-        return cls(SpeechEncoderConfig(**config))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     @property
     def stride_samples(self) -> int:
@@ -105,7 +95,7 @@ class SpeechEncoder(Encoder):
         if self.config.normalize:
             waveforms = normalize_waveforms(waveforms, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.feature_grad_mult > 0):
-            conv = call(self.feature_extractor, waveforms, recompute=self.encoder.recompute)[:, :max_frames]
+            conv = call(self.feature_extractor, waveforms, checkpointing=self.layers.checkpointing)[:, :max_frames]
         if self.config.feature_grad_mult != 1 and conv.requires_grad:
             conv = ScaleGradient.apply(conv, self.config.feature_grad_mult)
         projected = self.post_extract_proj(self.layer_norm(conv))
@@ -121,8 +111,7 @@ class SpeechEncoder(Encoder):
         x = dropout(projected, self.config.dropout_input, self.training)
         if mask is not None:
             x = torch.where(mask.unsqueeze(2), self.mask_emb.to(x.dtype), x)
-        skipped = self._skipped if self.training else [False] * self.config.encoder_layers
-        return self.encoder(x, frame_lengths, skipped)
+        return self.encoder(x, frame_lengths)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples, or None where nothing is padded, to hidden states and frame counts."""
@@ -132,23 +121,12 @@ class SpeechEncoder(Encoder):
             frame_lengths = torch.full((len(waveforms),), projected.shape[1], device=waveforms.device)
         return hidden_states, [frame_lengths] * len(hidden_states)
 
-    def compile_regions(self) -> None:
+    def compile_layers(self) -> None:
         """Compile the convolutions and each layer in place; parameter names stay. Meant for GPUs.
 
         Every shape of batch gets kernels of its own, once for all layers: batches should come in few shapes.
         """
-        compile_in_place((self.feature_extractor, *self.encoder.layers))
-
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the convolution stack and of each layer, and compute the rest again in backward."""
-        self.encoder.recompute = True
-
-    def draw_layerdrop(self, rng: np.random.Generator) -> None:
-        """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`.
-
-        Drawn per update and not per forward, so that all micro-batches and ranks give gradients to the same layers.
-        """
-        self._skipped = [bool(rng.random() <= self.config.encoder_layerdrop) for _ in self._skipped]
+        compile_in_place((self.feature_extractor, *self.layers))
 
     def truncated(self, layer: int) -> SpeechEncoder:
         """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's.

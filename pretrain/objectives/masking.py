@@ -80,3 +80,11 @@ def equal_span_masks(
         mask[:count] = span_mask(rng, count, mask_prob, mask_length, min_masks)
         masks.append(mask)
     return np.stack(equalise(masks, rngs))
+
+
+def last_visible(mask: np.ndarray) -> np.ndarray:
+    """(F,) for each frame the last one up to it that `mask` (F,) leaves visible; the first visible where none is."""
+    visible = np.flatnonzero(~mask)
+    if not len(visible):
+        return np.zeros(len(mask), dtype=np.int64)
+    return visible[np.maximum(np.searchsorted(visible, np.arange(len(mask)), side="right") - 1, 0)]

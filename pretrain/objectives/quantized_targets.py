@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from pretrain.config import ConfigError
 from pretrain.method import Example, Method, Progress
 from pretrain.models.conv_features import ConvFrames, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.collate import Stacked, stack_waveforms
 from pretrain.objectives.masking import equal_span_masks
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 
@@ -52,11 +51,9 @@ class QuantizedTargetsConfig:
 
 
 class Masked(NamedTuple):
-    """Waveforms (B, T) with `lengths` (B,), `valid` frames of each row, and `mask` (B, F) with K True in every row."""
+    """Stacked waveforms, `valid` frames of each row, and `mask` (B, F) with K True in every row."""
 
-    waveforms: Tensor
-    lengths: Tensor
-    padded: bool
+    stacked: Stacked
     valid: list[int]
     mask: np.ndarray
 
@@ -73,13 +70,13 @@ class MaskingCollator(ConvFrames):
 
     def draw(self, examples: list[Example]) -> Masked:
         """Stack the waveforms, and hide spans in each row by its own generator."""
-        waveforms, lengths, padded = stack_waveforms(examples)
-        samples = waveforms.shape[1]
+        stacked = stack_waveforms(examples)
+        samples, lengths = stacked.waveforms.shape[1], stacked.lengths
         frames = int(count_frames(samples, self.conv_feature_layers))
         valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
         rngs = [example.rng for example in examples]
         mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
-        return Masked(waveforms, lengths, padded, valid, mask)
+        return Masked(stacked, valid, mask)
 
 
 def masking_options(config: QuantizedTargetsConfig) -> dict[str, object]:

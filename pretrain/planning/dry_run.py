@@ -64,7 +64,7 @@ def report(config: RunConfig) -> list[str]:
     frozen = footprint.method_parameters - footprint.trained_parameters
     state = state_bytes(footprint.trained_parameters, frozen, footprint.buffer_bytes, zero, ranks)
     devices = "GPUs" if settings.dry_run_device == "cuda" else "CPUs"
-    activations = "computed again in backward" if settings.checkpoint_activations else "kept"
+    activations = "checkpointed" if settings.checkpoint_activations else "kept"
     return [
         f"dry run of {config.recipe}: nothing is trained or written",
         f"planned: {ranks} rank(s), {devices}, ZeRO {zero['stage']}, {precision} (precision={config.precision}), "
@@ -88,7 +88,7 @@ def largest_footprint(config: RunConfig, subject: Subject, precision: str) -> Fo
             make_batch(subject, rows, samples, config.crop.whole),
             dtype=DTYPES.get(precision),
             on_gpu=config.trainer.dry_run_device == "cuda",
-            recompute=config.trainer.checkpoint_activations,
+            checkpoint_activations=config.trainer.checkpoint_activations,
         )
         for rows, samples in subject.shapes
     ]

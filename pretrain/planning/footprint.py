@@ -135,12 +135,12 @@ class PlannedCtc(torch.autograd.Function):
 
 
 def measure(
-    build: Callable[[], Method], batch: Batch, *, dtype: torch.dtype | None, on_gpu: bool, recompute: bool
+    build: Callable[[], Method], batch: Batch, *, dtype: torch.dtype | None, on_gpu: bool, checkpoint_activations: bool
 ) -> Footprint:
     """The footprint of one training step of `build()` on `batch`; neither takes memory.
 
-    `dtype` is autocast's, None for float32; `recompute` switches activation checkpointing on. Raises ConfigError,
-    naming the operation, where the step needs numbers that only a real run has.
+    `dtype` is autocast's, None for float32; `checkpoint_activations` switches activation checkpointing on. Raises
+    ConfigError, naming the operation, where the step needs numbers that only a real run has.
     """
     with ExitStack() as stack:
         with torch.device("meta"):
@@ -149,7 +149,7 @@ def measure(
         stack.enter_context(PlannedKernels(on_gpu))
         stack.enter_context(_named_operation())
         _to_fake(method)
-        if recompute:
+        if checkpoint_activations:
             method.encoder.checkpoint_activations()
         extras = {name: fake.from_tensor(value) for name, value in batch.extras.items()}
         waveforms, lengths = fake.from_tensor(batch.waveforms), fake.from_tensor(batch.lengths)

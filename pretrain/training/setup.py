@@ -70,7 +70,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     if config.trainer.memory_probe and zero["stage"] < 3:
         notes.append(probe_memory(method, reader, precision, world, config.batch, zero))
     if config.trainer.compile or (config.trainer.compile is None and world.device.type == "cuda"):
-        method.encoder.compile_regions()
+        method.encoder.compile_layers()
     engine = Engine(method, config.optimizer, config.deepspeed, precision, world.device)
     if found is not None:
         with checkpoint.moment_reader(found) as read:

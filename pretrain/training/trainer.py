@@ -17,7 +17,7 @@ from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
 from pretrain.method import Batch, Progress
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.engine import Engine
 from pretrain.training.health import HealthMonitor, HopelessRun
@@ -135,7 +135,7 @@ class Trainer:
             upcoming.append(next(incoming))
         lr = self.config.optimizer.lr * self.run.schedule.factor(state.update)
         applied = engine.step(lr, skip=agreed.nothing_to_score.float())
-        settle_statistics(engine.method, applied)
+        update_running_statistics(engine.method, applied)
         state.step += 1
         if applied:
             state.update += 1

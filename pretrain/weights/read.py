@@ -136,7 +136,7 @@ def _compare(encoder: Encoder, weights: Weights) -> list[str]:
     ours, theirs = _flat(encoder.to_config()), _flat(their_config)
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     for name in differing:
-        if name not in encoder.free_fields:
+        if name not in encoder.weight_independent_fields:
             raise InteropError(
                 f"{weights.origin}: method.encoder.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} in the "
                 "recipe; choose the recipe that the weights were trained with, or set the field to their value"

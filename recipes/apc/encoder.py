@@ -5,13 +5,11 @@ Source: arXiv 1904.03240, section 2; arXiv 2005.08392, section 2; `s3prl/upstrea
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.kernels import dropout
@@ -40,20 +38,15 @@ class ApcEncoderConfig:
 class ApcEncoder(PredictiveEncoder):
     """Waveforms to the output of every GRU layer, residual sum included, before any quantisation."""
 
-    free_fields = ("dropout", "quantizer.temperature")
+    Config = ApcEncoderConfig
+    config: ApcEncoderConfig
+    weight_independent_fields = ("dropout", "quantizer.temperature")
 
     def __init__(self, config: ApcEncoderConfig) -> None:
         super().__init__(config.front_end, config.quantizer, config.hidden_size, config.num_layers)
         self.config = config
         widths = [self.front_end.dim] + [config.hidden_size] * (config.num_layers - 1)
         self.rnn_layers = nn.ModuleList(nn.GRU(width, config.hidden_size, batch_first=True) for width in widths)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ApcEncoder:
-        return cls(typed(ApcEncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, dim) features to the hidden states (B, F, H) of all layers, zero after `frame_lengths` (B,).

@@ -76,18 +76,11 @@ class ApcCollator(FeatureFrames):
         return 1 + self.time_shift + (self.past.offset if self.past else 0)
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        scored = (self.front_end.frames(lengths) - self.time_shift).clamp(min=0)
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(scored.sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras=self._anchors(examples, scored.tolist()) if self.past else {},
-        )
+        stacked = stack_waveforms(examples)
+        scored = (self.front_end.frames(stacked.lengths) - self.time_shift).clamp(min=0)
+        return stacked.batch(int(scored.sum()), self._anchors(examples, scored.tolist()) if self.past else {})
 
-    def _anchors(self, examples: list[Example], scored: list[int]) -> dict[str, Tensor]:
+    def _anchors(self, examples: list[Example], scored: list[int]) -> dict[str, np.ndarray]:
         """Frames, without repetition, that have `offset` frames before them."""
         rows, frames = [], []
         for row, (example, count) in enumerate(zip(examples, scored, strict=True)):
@@ -98,8 +91,8 @@ class ApcCollator(FeatureFrames):
                 rows.append(np.full(number, row))
         none = np.zeros(0, dtype=np.int64)
         return {
-            "anchor_rows": torch.from_numpy(np.concatenate([none, *rows])),
-            "anchor_frames": torch.from_numpy(np.concatenate([none, *frames])),
+            "anchor_rows": np.concatenate([none, *rows]),
+            "anchor_frames": np.concatenate([none, *frames]),
         }
 
 
@@ -161,7 +154,7 @@ class ApcMethod(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """`error_copy_last` and `error_mean` are what the present frame, and the utterance's mean, would give."""
         shift, units = self.config.time_shift, batch.sample_size
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         present, target = features[:, :-shift], features[:, shift:]
         scored = None if frame_lengths is None else (frame_lengths - shift).clamp(min=0)
         valid = None if scored is None else valid_mask(scored, present.shape[1]).unsqueeze(2)

@@ -18,7 +18,7 @@ from pretrain.errors import UserError
 from pretrain.method import Batch, Example, StepOutput
 from recipes.apc import interop
 from recipes.apc.method import ApcConfig, ApcMethod
-from recipes.apc.peers import S3prlApc
+from recipes.apc.reference_steps import S3prlApc
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SAMPLE = ROOT / "pretrain" / "data" / "sample"

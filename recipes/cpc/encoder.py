@@ -5,14 +5,14 @@ Sources: facebookresearch/CPC_audio `cpc/model.py`; corticph/scaling-contrastive
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, nearest
+from pretrain.config import MAY_BE_ZERO, ConfigError, nearest
 from pretrain.method import Encoder
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.conv_features import Conv1d
@@ -34,7 +34,7 @@ class CpcEncoderConfig:
     backwards.
     """
 
-    conv_layers: list[list[int]]
+    conv_layers: list[list[int]] = field(metadata=MAY_BE_ZERO)
     conv_bias: bool
     norm: str
     norm_groups: int | None
@@ -50,7 +50,7 @@ class CpcEncoderConfig:
     bidirectional: bool
 
     def __post_init__(self) -> None:
-        if any(len(layer) != 5 or layer[1] < layer[2] for layer in self.conv_layers):
+        if any(len(layer) != 5 or min(layer[:3]) < 1 or layer[1] < layer[2] for layer in self.conv_layers):
             raise ConfigError(
                 "method.encoder.conv_layers: state [channels, kernel, stride, zeros before, zeros after] per layer, "
                 "with kernels at least as long as their strides"
@@ -158,7 +158,9 @@ class TransformerContext(nn.Module):
 class CpcEncoder(Encoder):
     """Waveforms to two hidden states: z of the convolutions and c of the context network (both directions, if two)."""
 
-    free_fields = ("dropout",)
+    Config = CpcEncoderConfig
+    config: CpcEncoderConfig
+    weight_independent_fields = ("dropout",)
 
     def __init__(self, config: CpcEncoderConfig) -> None:
         super().__init__()
@@ -171,13 +173,6 @@ class CpcEncoder(Encoder):
         self.contexts = nn.ModuleList(context(config) for _ in range(directions))
         self.hidden_sizes = [config.dim, directions * config.context_dim]
         self.downsample_rates = [config.stride_samples] * 2
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> CpcEncoder:
-        return cls(CpcEncoderConfig(**config))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def features(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T) waveforms, zero after `lengths` (B,), to z (B, F, D) and its real frames (B,), None where all are."""

@@ -88,14 +88,14 @@ class CpcCollator:
         return self.encoder.stride_samples
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        frames = self.encoder.frames(waveforms.shape[1])
+        stacked = stack_waveforms(examples)
+        frames = self.encoder.frames(stacked.waveforms.shape[1])
         if self.max_frames is not None and frames > self.max_frames:
             raise ConfigError(
                 f"crop.max_seconds: windows of {frames} frames, but the transformer predictors take "
                 f"{self.max_frames}; lower it, or raise method.window_frames"
             )
-        counts = np.array([self.encoder.frames(int(length)) for length in lengths])
+        counts = np.array([self.encoder.frames(int(length)) for length in stacked.lengths])
         windows = [np.arange(max(0, count - self.steps)) for count in counts]
         contexts = [row * max(0, frames - self.steps) + times for row, times in enumerate(windows)]
         targets = [row * frames + times for row, times in enumerate(windows)]
@@ -106,14 +106,7 @@ class CpcCollator:
             "targets": np.concatenate(targets),
             "negatives": np.concatenate(negatives, axis=1),
         }
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=len(extras["targets"]),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras={name: torch.from_numpy(value) for name, value in extras.items()},
-        )
+        return stacked.batch(len(extras["targets"]), extras)
 
     def _negatives(
         self, rng: np.random.Generator, row: int, times: np.ndarray, counts: np.ndarray, frames: int
@@ -193,7 +186,7 @@ class CpcMethod(Method):
 
     def forward(self, batch: Batch) -> StepOutput:
         """Cross-entropies in nats, summed over contexts, steps and directions; `loss_step_k` is per prediction."""
-        z, frame_lengths = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        z, frame_lengths = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         readings = self.encoder.readings(z, frame_lengths)
         predictions = batch.sample_size * len(readings)
         losses, hits = [], []
@@ -251,7 +244,7 @@ class CpcMethod(Method):
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """How surely every context of the first window tells each step from its negatives."""
-        z, frame_lengths = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        z, frame_lengths = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         logits = self.logits(batch, 0, *self.encoder.readings(z, frame_lengths)[0])
         contexts = int((batch.extras["targets"] < z.shape[1]).sum())
         probabilities = logits[:, :contexts].softmax(-1)[..., 0].detach().cpu()

@@ -5,13 +5,12 @@ Source: arXiv 1912.01679, section 2; lingss0918/fairseq `examples/decoar/models/
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, typed
+from pretrain.config import ConfigError
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.kernels import Linear
@@ -40,7 +39,9 @@ class DecoarEncoder(PredictiveEncoder):
     The two stacks meet nowhere: a layer hears the layer below of its own direction.
     """
 
-    free_fields = ("layers",)
+    Config = DecoarEncoderConfig
+    config: DecoarEncoderConfig
+    weight_independent_fields = ("layers",)
 
     def __init__(self, config: DecoarEncoderConfig) -> None:
         states = config.num_layers if config.layers == "all" else 1
@@ -50,13 +51,6 @@ class DecoarEncoder(PredictiveEncoder):
         self.post_extract_proj = Linear(self.front_end.dim, width)
         self.forward_lstms = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.num_layers))
         self.backward_lstms = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(config.num_layers))
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DecoarEncoder:
-        return cls(typed(DecoarEncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, dim) features to hidden states (B, F, 2 H), zero after `frame_lengths` (B,) (None: all are real).

@@ -54,15 +54,9 @@ class DecoarCollator(FeatureFrames):
         return 1 + self.slice_size
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        slices = (self.front_end.frames(lengths) - self.slice_size).clamp(min=0)
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(slices.sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-        )
+        stacked = stack_waveforms(examples)
+        slices = (self.front_end.frames(stacked.lengths) - self.slice_size).clamp(min=0)
+        return stacked.batch(int(slices.sum()))
 
 
 class SliceHead(nn.Module):
@@ -118,7 +112,7 @@ class DecoarMethod(Method):
         """`error_mean` is what the utterance's mean would give. The ends of a slice are heard; the frames in between
         are counted alone, as `loss_unseen`, beside `error_unseen_copy`, which repeats the nearer end.
         """
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         units, size = batch.sample_size, self.config.slice_size
         predictions, truth = self.predict(features, frame_lengths), slices_of(features, size)
         valid = None

@@ -5,18 +5,14 @@ Source: arXiv 2012.06659, section 2; lingss0918/fairseq `examples/decoar/models/
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from pretrain.config import typed
 from pretrain.features.front_end import FrontEndConfig
-from pretrain.models.compiled_layers import compile_in_place
-from pretrain.models.context import ContextNetwork
+from pretrain.models.context import ContextEncoder, ContextNetwork
 from pretrain.models.kernels import Linear, dropout
-from pretrain.models.layer_stack import with_layers
 from pretrain.models.predictive_encoder import PredictiveEncoder
 
 
@@ -44,46 +40,29 @@ class Decoar2EncoderConfig:
     depthwise_conv_kernel_size: ClassVar[int] = 0
 
 
-class Decoar2Encoder(PredictiveEncoder):
+class Decoar2Encoder(PredictiveEncoder, ContextEncoder):
     """Waveforms to L + 1 hidden states: the input of every layer, then the output of the last."""
 
-    free_fields = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
+    Config = Decoar2EncoderConfig
+    config: Decoar2EncoderConfig
+    weight_independent_fields = (
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "dropout_input",
+        "encoder_layerdrop",
+    )
 
     def __init__(self, config: Decoar2EncoderConfig) -> None:
         super().__init__(config.front_end, None, config.encoder_embed_dim, config.encoder_layers + 1)
         self.config = config
         self.post_extract_proj = Linear(self.front_end.dim, config.encoder_embed_dim)
         self.encoder = ContextNetwork(config)
-        self._skipped = [False] * config.encoder_layers
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Decoar2Encoder:
-        return cls(typed(Decoar2EncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def context(self, features: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, dim) features, `frame_lengths` (B,) of them real (None: all), to L + 1 hidden states (B, F, D)."""
         x = dropout(self.post_extract_proj(features), self.config.dropout_input, self.training)
-        skipped = self._skipped if self.training else [False] * self.config.encoder_layers
-        return self.encoder(x, frame_lengths, skipped)
-
-    def draw_layerdrop(self, rng: np.random.Generator) -> None:
-        """Draw which layers the next training forwards skip, each with probability `encoder_layerdrop`."""
-        self._skipped = [bool(rng.random() <= self.config.encoder_layerdrop) for _ in self._skipped]
-
-    def compile_regions(self) -> None:
-        """Compile each layer in place; parameter names stay. Meant for GPUs."""
-        compile_in_place(self.encoder.layers)
-
-    def checkpoint_activations(self) -> None:
-        """Keep the input of every layer alone, and compute the rest again in backward."""
-        self.encoder.recompute = True
-
-    def truncated(self, layer: int) -> Decoar2Encoder:
-        """A copy without the layers above hidden state `layer`, whose hidden states up to `layer` are this one's."""
-        return with_layers(self, layer)
+        return self.encoder(x, frame_lengths)
 
     def training_flops(self, samples: int) -> float:
         """Forward and backward of one waveform of `samples`; the features themselves need no gradient."""

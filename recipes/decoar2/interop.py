@@ -82,6 +82,6 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
 
 def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
     """The dictionary that `decoar2_local` loads, the head with it; raises InteropError where sizes are not s3prl's."""
-    require_size(trained.encoder_config(), ENCODER, "decoar2_local", Decoar2Encoder.free_fields)
+    require_size(trained.encoder_config(), ENCODER, "decoar2_local", Decoar2Encoder.weight_independent_fields)
     state: dict[str, Tensor] = TABLE.to_theirs(split_qkv(trained.encoder_state())) | trained.head_state()
     return {"model": state}

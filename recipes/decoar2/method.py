@@ -20,10 +20,9 @@ from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Metric, Progress, Ratio, StepOutput
 from pretrain.models.kernels import Linear
-from pretrain.objectives.alterations import last_visible
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
-from pretrain.objectives.masking import separate_span_mask
+from pretrain.objectives.masking import last_visible, separate_span_mask
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 
@@ -78,9 +77,9 @@ class Decoar2Collator(FeatureFrames):
         return 2
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        masks = np.zeros((len(examples), self.front_end.frames(waveforms.shape[1])), dtype=bool)
-        for mask, example, valid in zip(masks, examples, self.front_end.frames(lengths).tolist(), strict=True):
+        stacked = stack_waveforms(examples)
+        masks = np.zeros((len(examples), self.front_end.frames(stacked.waveforms.shape[1])), dtype=bool)
+        for mask, example, valid in zip(masks, examples, self.front_end.frames(stacked.lengths).tolist(), strict=True):
             mask[:valid] = separate_span_mask(
                 example.rng, valid, self.mask_prob, self.mask_length, self.mask_min_spans, self.mask_min_space
             )
@@ -88,14 +87,7 @@ class Decoar2Collator(FeatureFrames):
         offsets = np.arange(len(masks))[:, None] * masks.shape[1]
         copied = (np.stack([last_visible(mask) for mask in masks]) + offsets).ravel()[positions]
         extras = {"mask": masks, "masked_positions": positions, "copied_positions": copied}
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=len(positions),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras={name: torch.from_numpy(value) for name, value in extras.items()},
-        )
+        return stacked.batch(len(positions), extras)
 
 
 class Reconstruction(nn.Module):
@@ -165,7 +157,7 @@ class Decoar2Method(Method):
 
     def forward(self, batch: Batch) -> StepOutput:
         """`error_copy_last` and `error_mean` are what the last visible frame, and the utterance's mean, would give."""
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         predictions, quantized = self.predict(features, frame_lengths, batch)
         frames, units = features.flatten(0, 1), batch.sample_size
         truth = frames.index_select(0, batch.extras["masked_positions"])
@@ -200,7 +192,7 @@ class Decoar2Method(Method):
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """The first utterance as it is, with frames hidden, and filled in; and the error of each band."""
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         positions = batch.extras["masked_positions"]
         predictions, _ = self.predict(features, frame_lengths, batch)
         truth = features.flatten(0, 1).index_select(0, positions)

@@ -127,12 +127,12 @@ def test_temperature_and_dropped_layers_follow_from_the_update() -> None:
     method = build("decoar2_tiny", "method.encoder.encoder_layerdrop=0.5", "method.encoder.encoder_layers=6").train()
     method.before_step(Progress(10, 100, 0))
     assert method.quantizer.temperature == pytest.approx(0.999**10)
-    skipped = list(method.encoder._skipped)
+    skipped = list(method.encoder.encoder.skipped)
     assert 0 < sum(skipped) < 6
     method.before_step(Progress(11, 100, 0))
-    assert method.encoder._skipped != skipped
+    assert method.encoder.encoder.skipped != skipped
     method.before_step(Progress(10, 100, 0))
-    assert method.encoder._skipped == skipped
+    assert method.encoder.encoder.skipped == skipped
 
 
 def test_a_truncated_encoder_has_the_same_lower_states() -> None:

@@ -6,7 +6,7 @@ Letters: B rows, T samples, F frames, L tokens of a row with <s> and </s>, D wid
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class DiscreteBertEncoder(StackEncoder):
     codes to its token; all are <unk> until the method's `begin` has read the dictionary.
     """
 
-    free_fields = ("dropout", "attention_dropout", "activation_dropout")
+    Config = DiscreteBertEncoderConfig
+    config: DiscreteBertEncoderConfig
+    weight_independent_fields = ("dropout", "attention_dropout", "activation_dropout")
     token_of_number: Tensor
 
     def __init__(self, config: DiscreteBertEncoderConfig) -> None:
@@ -89,13 +91,6 @@ class DiscreteBertEncoder(StackEncoder):
                 init_bert(module)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.tokenizer.stride_samples] * (config.encoder_layers + 1)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DiscreteBertEncoder:
-        return cls(DiscreteBertEncoderConfig(**{**config, "tokenizer": TokenizerConfig(**config["tokenizer"])}))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def train(self, mode: bool = True) -> DiscreteBertEncoder:
         """As for any module, but the tokenizer stays in evaluation mode, in which it draws no noise."""

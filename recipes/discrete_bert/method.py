@@ -22,7 +22,7 @@ from pretrain.labelling.tokens.tokenizer import build_tokenizer, load_tokenizer,
 from pretrain.losses.masked_prediction import class_histogram, prediction_loss
 from pretrain.method import Batch, Counts, Example, LabelSource, Method, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.kernels import LayerNorm, Linear, linear
-from pretrain.objectives.collate import silent_waveforms
+from pretrain.objectives.collate import Stacked, silent_waveforms
 from recipes.discrete_bert.encoder import (
     BOS,
     EOS,
@@ -77,7 +77,7 @@ class DiscreteBertCollator:
     reads_audio: bool = False
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = silent_waveforms(examples)
+        stacked = silent_waveforms(examples)
         tokens = [self._tokens(example) for example in examples]
         selected = [self.token_mask.select(e.rng, len(row)) for e, row in zip(examples, tokens, strict=True)]
         hidden = [
@@ -85,10 +85,7 @@ class DiscreteBertCollator:
             for example, row, chosen in zip(examples, tokens, selected, strict=True)
         ]
         return make_batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            padded=padded,
-            rows=torch.tensor([example.row for example in examples]),
+            stacked,
             tokens=tokens,
             hidden=hidden,
             selected=selected,
@@ -108,11 +105,8 @@ class DiscreteBertCollator:
 
 
 def make_batch(
+    stacked: Stacked,
     *,
-    waveforms: Tensor,
-    lengths: Tensor,
-    padded: bool,
-    rows: Tensor,
     tokens: list[np.ndarray],
     hidden: list[np.ndarray],
     selected: list[np.ndarray],
@@ -129,14 +123,7 @@ def make_batch(
     positions = np.concatenate([index * longest + np.flatnonzero(row) for index, row in enumerate(selected)])
     targets = np.concatenate([row[chosen] for row, chosen in zip(tokens, selected, strict=True)])
     extras = {"tokens": inputs, "positions": positions, "targets": targets, "counts": np.array(counts)}
-    return Batch(
-        waveforms=waveforms,
-        lengths=lengths,
-        sample_size=len(targets),
-        rows=rows,
-        padded=padded,
-        extras={name: torch.from_numpy(value) for name, value in extras.items()},
-    )
+    return stacked.batch(len(targets), extras)
 
 
 class LanguageModelHead(nn.Module):

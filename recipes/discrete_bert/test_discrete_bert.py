@@ -24,7 +24,7 @@ from recipes.discrete_bert import interop
 from recipes.discrete_bert.encoder import BOS, EOS, PAD, SPECIALS, UNK
 from recipes.discrete_bert.masking import TokenMask
 from recipes.discrete_bert.method import TOKENS, DiscreteBertCollator, DiscreteBertMethod
-from recipes.discrete_bert.peers import PAIRS, small, transformers_roberta
+from recipes.discrete_bert.reference_steps import PAIRS, small, transformers_roberta
 
 PUBLISHED = TokenMask(0.5, 10, 10.0, 0.1, 0.1)
 SAMPLES = (24_000, 16_079)
@@ -253,14 +253,14 @@ def test_the_recipe_quantizes_as_vq_wav2vec_does() -> None:
     assert ours == {"method": "wav2vec", "encoder": compose_recipe("vq_wav2vec_kmeans")["method"]["encoder"]}
 
 
-def test_recomputed_activations_change_nothing(method: DiscreteBertMethod, batch: Batch) -> None:
+def test_activation_checkpointing_change_nothing(method: DiscreteBertMethod, batch: Batch) -> None:
     gradients: list[Tensor] = []
-    for recompute in (False, True):
-        method.encoder.layers.recompute = recompute
+    for checkpoint_activations in (False, True):
+        method.encoder.layers.checkpointing = checkpoint_activations
         method.zero_grad()
         method(batch).loss.backward()
         gradients.append(method.encoder.layers[0].fc1.weight.grad.clone())
-    method.encoder.layers.recompute = False
+    method.encoder.layers.checkpointing = False
     torch.testing.assert_close(*gradients)
     assert F.mse_loss(gradients[0], torch.zeros_like(gradients[0])) > 0
 

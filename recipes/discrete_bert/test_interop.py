@@ -18,7 +18,7 @@ from pretrain.weights.interop.files import read_torch, write_torch
 from pretrain.weights.interop.types import InteropError, TrainedMethod
 from pretrain.weights.read import load_encoder
 from recipes.discrete_bert import interop
-from recipes.discrete_bert.peers import small
+from recipes.discrete_bert.reference_steps import small
 
 # (quantizer, max_positions): the second string of 27,200 samples is longer than it may be.
 CASES = {"kmeans": 256, "gumbel": 128}

@@ -19,7 +19,7 @@ from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, Ste
 from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from pretrain.objectives.collate import frame_labels, stack_waveforms
+from pretrain.objectives.collate import Stacked, frame_labels, stack_waveforms
 from pretrain.objectives.masking import equal_span_masks
 from recipes.hubert.figures import unit_figure
 
@@ -62,8 +62,8 @@ class HubertCollator(ConvFrames):
     scores_unmasked: bool
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        samples = waveforms.shape[1]
+        stacked = stack_waveforms(examples)
+        samples, lengths = stacked.waveforms.shape[1], stacked.lengths
         frames = int(count_frames(samples, self.conv_feature_layers))
         labels = [self._row_labels(example, frames) for example in examples]
         frames = min(row.shape[1] for row in labels)
@@ -71,10 +71,7 @@ class HubertCollator(ConvFrames):
         rngs = [example.rng for example in examples]
         mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
         return make_batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            padded=padded,
-            rows=torch.tensor([example.row for example in examples]),
+            stacked,
             labels=np.stack([row[:, :frames] for row in labels], axis=1),
             mask=mask,
             valid=np.arange(frames) < np.array(valid)[:, None],
@@ -92,11 +89,8 @@ class HubertCollator(ConvFrames):
 
 
 def make_batch(
+    stacked: Stacked,
     *,
-    waveforms: Tensor,
-    lengths: Tensor,
-    padded: bool,
-    rows: Tensor,
     labels: np.ndarray,
     mask: np.ndarray,
     valid: np.ndarray,
@@ -115,14 +109,7 @@ def make_batch(
         "unmasked_positions": unmasked,
         "unmasked_labels": flat_labels[:, unmasked],
     }
-    return Batch(
-        waveforms=waveforms,
-        lengths=lengths,
-        sample_size=len(masked) + (len(unmasked) if scores_unmasked else 0),
-        rows=rows,
-        padded=padded,
-        extras={name: torch.from_numpy(value) for name, value in extras.items()},
-    )
+    return stacked.batch(len(masked) + (len(unmasked) if scores_unmasked else 0), extras)
 
 
 class HubertMethod(Method):
@@ -176,7 +163,7 @@ class HubertMethod(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats: `loss_masked`, `loss_unmasked` per masked frame, as fairseq divides them."""
         extras = batch.extras
-        lengths = batch.lengths if batch.padded else None
+        lengths = batch.lengths_if_padded
         features = self.encoder.features(batch.waveforms, lengths, max_frames=extras["mask"].shape[1])
         hidden = self.encoder.context(features.projected, features.frame_lengths, extras["mask"])[-1].flatten(0, 1)
         weight = self.config.pred_nomask_weight
@@ -233,7 +220,7 @@ class HubertMethod(Method):
     def figures(self, batch: Batch) -> dict[str, Any]:
         """The first utterance's masked spectrogram over its target and predicted units."""
         mask = batch.extras["mask"]
-        lengths = batch.lengths if batch.padded else None
+        lengths = batch.lengths_if_padded
         features = self.encoder.features(batch.waveforms, lengths, max_frames=mask.shape[1])
         hidden = self.encoder.context(features.projected, features.frame_lengths, mask)[-1]
         units = self.logits(hidden[0])[0].argmax(dim=-1).cpu() - DICTIONARY_SPECIALS

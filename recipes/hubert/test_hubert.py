@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.config import compose_recipe, typed
 from pretrain.losses.masked_prediction import prediction_loss
 from pretrain.method import Batch, Example, StepOutput
-from pretrain.objectives.collate import frame_labels
+from pretrain.objectives.collate import Stacked, frame_labels
 from pretrain.weights.interop.speech_encoder import state_to_fairseq
 from recipes.hubert import interop
 from recipes.hubert.method import DICTIONARY_SPECIALS, HubertConfig, HubertMethod, make_batch
@@ -63,11 +63,9 @@ class Official:
         rate, stride = int(self.facts["config"]["label_rate"]), 320
         lines = [self.tensors[f"in.target_{i}"].numpy() - DICTIONARY_SPECIALS for i in range(self.label_sets)]
         labels = [[frame_labels(row, rate, 0, stride, mask.shape[1]) for row in line] for line in lines]
+        lengths = (~self.tensors["in.padding_mask"]).sum(1)
         return make_batch(
-            waveforms=self.tensors["in.wav"],
-            lengths=(~self.tensors["in.padding_mask"]).sum(1),
-            padded=True,
-            rows=torch.arange(len(mask)),
+            Stacked(self.tensors["in.wav"], lengths, torch.arange(len(mask)), padded=True),
             labels=np.array(labels),
             mask=mask,
             valid=~self.tensors["out.frame_padding_mask"].numpy(),

@@ -5,13 +5,11 @@ Source: arXiv 1910.12638, section 2; `s3prl/upstream/mockingjay/model.py`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEnd, FrontEndConfig
 from pretrain.models.kernels import LayerNorm, Linear, dropout
@@ -46,7 +44,9 @@ class MockingjayEncoder(StackEncoder):
     Positions are computed for any length, and the whole input is attended to.
     """
 
-    free_fields = ("dropout", "attention_dropout", "initializer_range")
+    Config = MockingjayEncoderConfig
+    config: MockingjayEncoderConfig
+    weight_independent_fields = ("dropout", "attention_dropout", "initializer_range")
 
     def __init__(self, config: MockingjayEncoderConfig) -> None:
         super().__init__()
@@ -73,13 +73,6 @@ class MockingjayEncoder(StackEncoder):
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [self.front_end.stride_samples] * (config.encoder_layers + 1)
         initialise(self, config.initializer_range)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MockingjayEncoder:
-        return cls(typed(MockingjayEncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     @property
     def receptive_field_samples(self) -> int:

@@ -18,15 +18,15 @@ from pretrain.features.front_end import FeatureFrames, FrontEnd, FrontEndConfig
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import LayerNorm, Linear
-from pretrain.objectives.alterations import (
+from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from recipes.mockingjay.alterations import (
     AlterationConfig,
     alter,
     draw_alteration,
     scored_elements,
     stack_alterations,
 )
-from pretrain.objectives.collate import stack_waveforms
-from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from recipes.mockingjay.encoder import LAYER_NORM_EPS, MockingjayEncoder, MockingjayEncoderConfig, initialise
 
 
@@ -60,20 +60,14 @@ class MockingjayCollator(FeatureFrames):
     alteration: AlterationConfig
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        frames, valid = self.front_end.frames(waveforms.shape[1]), self.front_end.frames(lengths).tolist()
+        stacked = stack_waveforms(examples)
+        frames = self.front_end.frames(stacked.waveforms.shape[1])
+        valid = self.front_end.frames(stacked.lengths).tolist()
         rows = [
             draw_alteration(example.rng, count, frames, self.front_end.dim, self.alteration)
             for example, count in zip(examples, valid, strict=True)
         ]
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=sum(row.scored_elements(self.target_dim) for row in rows),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras=stack_alterations(rows),
-        )
+        return stacked.batch(sum(row.scored_elements(self.target_dim) for row in rows), stack_alterations(rows))
 
 
 class SpecHead(nn.Module):
@@ -93,7 +87,7 @@ class SpecHead(nn.Module):
 class MockingjayMethod(Method):
     """Encoder and head; the loss is the absolute error on the elements that the alteration marks.
 
-    Reads `batch.extras` as `objectives.alterations.stack_alterations` lists them. One unit of the loss is one element.
+    Reads `batch.extras` as `alterations.stack_alterations` lists them. One unit of the loss is one element.
     """
 
     Config = MockingjayConfig
@@ -131,7 +125,7 @@ class MockingjayMethod(Method):
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the encoder hears (B, F, D), what is to be predicted (B, F, E), and the frame counts."""
-        lengths = batch.lengths if batch.padded else None
+        lengths = batch.lengths_if_padded
         features, frame_lengths = self.encoder.front_end(batch.waveforms, lengths)
         targets = features if self.target is None else self.target(batch.waveforms, lengths)[0]
         return features, targets, frame_lengths

@@ -31,7 +31,7 @@ from pretrain.probe.collect import upstream_source
 from pretrain.weights.interop.speech_encoder import split_qkv
 from recipes.mockingjay import interop
 from recipes.mockingjay.method import MockingjayConfig, MockingjayMethod
-from recipes.mockingjay.peers import PEERS
+from recipes.mockingjay.reference_steps import REFERENCE_STEPS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"]
@@ -261,7 +261,7 @@ def test_positions_go_on_beyond_any_table() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["mockingjay_tiny", "audio_albert_tiny"])
-def test_fewer_layers_and_recomputed_activations_change_nothing(recipe: str) -> None:
+def test_fewer_layers_and_checkpointed_activations_change_nothing(recipe: str) -> None:
     encoder = build(recipe).encoder.eval()
     waveforms, lengths = two_waveforms()
     with torch.no_grad():
@@ -271,14 +271,14 @@ def test_fewer_layers_and_recomputed_activations_change_nothing(recipe: str) -> 
             assert len(fewer) == layer + 1
             torch.testing.assert_close(fewer[-1], states[layer], rtol=0, atol=0)
     gradients = []
-    for recompute in (False, True):
-        if recompute:
+    for checkpoint_activations in (False, True):
+        if checkpoint_activations:
             encoder.checkpoint_activations()
         encoder.zero_grad()
         encoder(waveforms, lengths)[0][-1].square().sum().backward()
         gradients.append([p.grad.clone() for p in encoder.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(kept, recomputed)
+    for kept, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, checkpointed)
 
 
 @pytest.mark.parametrize(("axes", "centre"), [("time", 0), ("filter banks", 200)])
@@ -332,7 +332,7 @@ def test_targets_that_do_not_fit_say_so(options: tuple[str, ...], message: str) 
 @pytest.mark.parametrize("recipe", ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"])
 def test_the_benchmarks_peer_computes_the_same_loss(recipe: str) -> None:
     ours = build(recipe, "method.alteration.noise_proportion=0").train()
-    theirs: Any = PEERS["s3prl"](ours.config).train()
+    theirs: Any = REFERENCE_STEPS["s3prl"](ours.config).train()
     state = their_names(ours.state_dict())
     encoder = group(state, "Transformer")
     if ours.config.encoder.share_layer:

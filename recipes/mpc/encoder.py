@@ -5,14 +5,12 @@ Source: arXiv 1910.09932, section 2; athena-team/athena `athena/models/masked_pc
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEnd, FrontEndConfig
 from pretrain.models.batch_norm import BatchNorm
@@ -75,7 +73,9 @@ class ConvSubsampling(nn.Module):
 class MpcEncoder(StackEncoder):
     """Waveforms to L + 1 hidden states, one position per four frames: what enters the layers, then their outputs."""
 
-    free_fields = ("dropout", "batch_norm_momentum")
+    Config = MpcEncoderConfig
+    config: MpcEncoderConfig
+    weight_independent_fields = ("dropout", "batch_norm_momentum")
 
     def __init__(self, config: MpcEncoderConfig) -> None:
         super().__init__()
@@ -99,13 +99,6 @@ class MpcEncoder(StackEncoder):
         )
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [SUBSAMPLING * self.front_end.stride_samples] * (config.encoder_layers + 1)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MpcEncoder:
-        return cls(typed(MpcEncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     @property
     def stride_samples(self) -> int:

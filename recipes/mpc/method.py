@@ -18,9 +18,9 @@ from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
-from pretrain.objectives.alterations import chunk_mask, last_visible
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import last_visible
 from recipes.mpc.encoder import SUBSAMPLING, MpcEncoder, MpcEncoderConfig
 
 
@@ -58,9 +58,9 @@ class MpcCollator(FeatureFrames):
         return SUBSAMPLING
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        frames = max(1, self.front_end.frames(waveforms.shape[1]) // SUBSAMPLING) * SUBSAMPLING
-        counts = (self.front_end.frames(lengths) // SUBSAMPLING).clamp(min=1)
+        stacked = stack_waveforms(examples)
+        frames = max(1, self.front_end.frames(stacked.waveforms.shape[1]) // SUBSAMPLING) * SUBSAMPLING
+        counts = (self.front_end.frames(stacked.lengths) // SUBSAMPLING).clamp(min=1)
         masks = np.stack(
             [self._mask(example.rng, count, frames) for example, count in zip(examples, counts.tolist(), strict=True)]
         )
@@ -71,19 +71,22 @@ class MpcCollator(FeatureFrames):
             "masked_positions": np.flatnonzero(masks[:, ::SUBSAMPLING]),
             "copied_frames": copied.ravel()[hidden],
         }
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(counts.sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-            extras={name: torch.from_numpy(value) for name, value in extras.items()},
-        )
+        return stacked.batch(int(counts.sum()), extras)
 
     def _mask(self, rng: np.random.Generator, positions: int, frames: int) -> np.ndarray:
         """(frames,) bool; where less than a chunk would be hidden on average, chunks are of one position."""
         valid, share, chunk = positions * SUBSAMPLING, 1 - self.keep_probability, self.chunk_size * SUBSAMPLING
         return chunk_mask(rng, valid, frames, SUBSAMPLING if share * valid <= chunk else chunk, share)
+
+
+def chunk_mask(rng: np.random.Generator, valid: int, frames: int, chunk: int, share: float) -> np.ndarray:
+    """(frames,) bool: each run of `chunk` frames among the first `valid` is hidden whole with probability `share`.
+
+    Masked predictive coding (arXiv 1910.09932; athena `models/masked_pc.py`).
+    """
+    hidden = np.repeat(rng.random(-(-frames // chunk)) < share, chunk)[:frames]
+    hidden[valid:] = False
+    return hidden
 
 
 class MpcMethod(Method):
@@ -118,7 +121,7 @@ class MpcMethod(Method):
         """`error`, `error_copy_last` and `error_mean` are per hidden element: of the prediction, of the last visible
         frame, and of the utterance's mean.
         """
-        features, positions = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         predictions = self.predict(features, positions, batch)
         truth, copied = self._truth(features, batch)
         loss = l1_sum(predictions, truth)
@@ -148,7 +151,7 @@ class MpcMethod(Method):
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """The first utterance as it is, with frames hidden, and filled in; and the error of each band."""
-        features, positions = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         predictions = self.predict(features, positions, batch)
         truth, copied = self._truth(features, batch)
         bins, chosen = features.shape[2], batch.extras["masked_positions"]

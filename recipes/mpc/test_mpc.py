@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.method import Batch, Example
-from pretrain.models.batch_norm import settle_statistics
-from recipes.mpc.method import MpcMethod
+from pretrain.models.batch_norm import update_running_statistics
+from recipes.mpc.method import MpcMethod, chunk_mask
 
 
 def collate(method: MpcMethod, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
@@ -30,7 +30,7 @@ def moved() -> MpcMethod:
     method = build("mpc_tiny")
     perturb(method)
     method.train()(collate(method, *two_waveforms()))
-    settle_statistics(method, applied=True)
+    update_running_statistics(method, applied=True)
     return method.eval()
 
 
@@ -188,3 +188,12 @@ def test_it_learns_more_than_to_copy(tmp_path: Path) -> None:
     assert scores["validation/error"] < 0.98 * min(
         scores["validation/error_copy_last"], scores["validation/error_mean"]
     )
+
+
+def test_chunks_are_hidden_whole_and_independently() -> None:
+    masks = np.array([chunk_mask(np.random.default_rng(index), 398, 402, 4, 0.2) for index in range(2000)])
+    assert masks.mean(0)[:396].mean() == pytest.approx(0.2, abs=0.003)
+    assert not masks[:, 398:].any()
+    blocks = masks[:, :396].reshape(2000, 99, 4)
+    assert (blocks == blocks[:, :, :1]).all()
+    assert np.corrcoef(blocks[:, 10, 0], blocks[:, 11, 0])[0, 1] == pytest.approx(0.0, abs=0.08)

@@ -5,14 +5,13 @@ Source: arXiv 2011.00406, section 2; Alexander-H-Liu/NPC `model/npc.py` (the sam
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, typed
+from pretrain.config import ConfigError
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.conv_features import Conv1d, convolve
@@ -103,7 +102,9 @@ class NpcEncoder(PredictiveEncoder):
     the waveform alone, here as in the official code.
     """
 
-    free_fields = ("dropout", "quantizer.temperature")
+    Config = NpcEncoderConfig
+    config: NpcEncoderConfig
+    weight_independent_fields = ("dropout", "quantizer.temperature")
 
     def __init__(self, config: NpcEncoderConfig) -> None:
         dim = config.hidden_size
@@ -116,13 +117,6 @@ class NpcEncoder(PredictiveEncoder):
         self.masked_convs = nn.ModuleList(
             MaskedConv(dim, config.kernel_size, config.hidden_taps(i)) for i in range(config.n_blocks)
         )
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NpcEncoder:
-        return cls(typed(NpcEncoderConfig, config, "encoder"))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     def context(self, features: Tensor, frame_lengths: Tensor | None = None) -> list[Tensor]:
         """(B, F, dim) features, zero in padding, to all hidden states (B, F, C), whatever `frame_lengths`."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
@@ -35,14 +34,8 @@ class NpcCollator(FeatureFrames):
     """Counts the frames of a batch."""
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        return Batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            sample_size=int(self.front_end.frames(lengths).clamp(min=1).sum()),
-            rows=torch.tensor([example.row for example in examples]),
-            padded=padded,
-        )
+        stacked = stack_waveforms(examples)
+        return stacked.batch(int(self.front_end.frames(stacked.lengths).clamp(min=1).sum()))
 
 
 class Prediction(NamedTuple):
@@ -69,14 +62,6 @@ class NpcMethod(Method):
         """The collator of this configuration."""
         return NpcCollator(config.encoder.front_end)
 
-    def before_step(self, progress: Progress) -> None:
-        """Forget batch statistics of an update that was refused."""
-        settle_statistics(self, applied=False)
-
-    def after_step(self, progress: Progress) -> None:
-        """Move the running statistics of the batch norms."""
-        settle_statistics(self, applied=True)
-
     def predict(self, features: Tensor, noise: list[Tensor] | None = None) -> Prediction:
         """(B, F, dim) features to what its neighbours say of each frame; `noise` goes to the quantizer."""
         hidden = self.encoder.context(features)[-1]
@@ -89,7 +74,7 @@ class NpcMethod(Method):
         """`error_copy_neighbour`, `error_interpolate` and `error_mean` are what the last frame before the blind spot,
         the mean of those on either side of it, and the utterance's mean would give.
         """
-        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths if batch.padded else None)
+        features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         valid = None if frame_lengths is None else valid_mask(frame_lengths, features.shape[1])
         prediction = self.predict(features)
         units, dim = batch.sample_size, features.shape[2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pretrain import Upstream
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.types import InteropError, TrainedMethod
 from pretrain.weights.read import initialise
@@ -40,7 +40,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     method = build("npc_360hr", *VARIANTS[request.param])
     perturb(method)
     method.train().predict(torch.randn(2, 50, 80))
-    settle_statistics(method, applied=True)
+    update_running_statistics(method, applied=True)
     checkpoint = write_checkpoint(folder / "run", method)
     export(ExportConfig(str(checkpoint), str(folder / "npc.pt"), "s3prl"))
     return checkpoint, folder / "npc.pt"

@@ -19,6 +19,7 @@ from pretrain.losses.contrastive import contrastive_logits, contrastive_loss, dr
 from pretrain.method import Batch, Counts, Example, Metric, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
+from pretrain.objectives.collate import Stacked
 from pretrain.objectives.quantized_targets import (
     MaskingCollator,
     QuantizedTargetsConfig,
@@ -62,10 +63,7 @@ class UniSpeechCollator(MaskingCollator):
         rngs, frames = [example.rng for example in examples], drawn.mask.shape[1]
         rows = zip(rngs, map(np.flatnonzero, drawn.mask), drawn.valid, strict=True)
         return make_batch(
-            waveforms=drawn.waveforms,
-            lengths=drawn.lengths,
-            padded=drawn.padded,
-            rows=torch.tensor([example.row for example in examples]),
+            drawn.stacked,
             mask=drawn.mask,
             negatives=np.stack([draw_negatives(rng, own, count, self.num_negatives) for rng, own, count in rows]),
             replaced=np.stack([rng.random(frames) < self.replace_prob for rng in rngs]),
@@ -75,11 +73,8 @@ class UniSpeechCollator(MaskingCollator):
 
 
 def make_batch(
+    stacked: Stacked,
     *,
-    waveforms: Tensor,
-    lengths: Tensor,
-    padded: bool,
-    rows: Tensor,
     mask: np.ndarray,
     negatives: np.ndarray,
     replaced: np.ndarray,
@@ -94,24 +89,18 @@ def make_batch(
     fits = [c is not None and shortest_alignment(c) <= count for c, count in zip(classes, valid, strict=True)]
     labelled = [row for row, fitting in enumerate(fits) if fitting]
     chosen = [row for row, fitting in zip(classes, fits, strict=True) if row is not None and fitting]
-    return Batch(
-        waveforms=waveforms,
-        lengths=lengths,
-        sample_size=int(mask.sum()),
-        rows=rows,
-        padded=padded,
-        extras={
-            "mask": torch.from_numpy(mask),
-            "masked_positions": torch.from_numpy(np.flatnonzero(mask)),
-            "negatives": torch.from_numpy(negatives),
-            "replaced": torch.from_numpy(replaced),
-            "labelled_rows": torch.tensor(labelled, dtype=torch.int64),
-            "labelled_frames": torch.tensor([valid[row] for row in labelled], dtype=torch.int64),
-            "targets": torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]),
-            "target_lengths": torch.tensor([len(c) for c in chosen], dtype=torch.int64),
-            "too_long": torch.tensor(sum(c is not None for c in classes) - len(labelled)),
-        },
-    )
+    extras = {
+        "mask": mask,
+        "masked_positions": np.flatnonzero(mask),
+        "negatives": negatives,
+        "replaced": replaced,
+        "labelled_rows": torch.tensor(labelled, dtype=torch.int64),
+        "labelled_frames": torch.tensor([valid[row] for row in labelled], dtype=torch.int64),
+        "targets": torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]),
+        "target_lengths": torch.tensor([len(c) for c in chosen], dtype=torch.int64),
+        "too_long": torch.tensor(sum(c is not None for c in classes) - len(labelled)),
+    }
+    return stacked.batch(int(mask.sum()), extras)
 
 
 class States(NamedTuple):
@@ -195,7 +184,7 @@ class UniSpeechMethod(QuantizedTargetsMethod):
     def states(self, batch: Batch) -> States:
         """Encode a batch and quantize its features twice: the masked frames, then all, each with noise of its own."""
         extras = batch.extras
-        features = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         context = self.encoder.context(features.projected, features.frame_lengths, extras["mask"])[-1]
         rows, frames, width = context.shape
         unmasked = dropout(self.encoder.layer_norm(features.conv), self.config.dropout_features, self.training)

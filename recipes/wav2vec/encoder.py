@@ -6,8 +6,7 @@ Source: arXiv 1904.05862, section 2.1, and 1910.05453, section 3; `fairseq/model
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +155,9 @@ class Wav2VecEncoder(Encoder):
     samples through the extractor; through the norms it sees the whole row, padding included.
     """
 
+    Config = Wav2VecEncoderConfig
+    config: Wav2VecEncoderConfig
+
     def __init__(self, config: Wav2VecEncoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -170,15 +172,6 @@ class Wav2VecEncoder(Encoder):
         )
         self.hidden_sizes = [dim] + [width for width, _ in layers]
         self.downsample_rates = [self.stride_samples] * len(self.hidden_sizes)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Wav2VecEncoder:
-        quantizer = config["quantizer"]
-        typed_quantizer = None if quantizer is None else QuantizerConfig(**quantizer)
-        return cls(Wav2VecEncoderConfig(**{**config, "quantizer": typed_quantizer}))
-
-    def to_config(self) -> dict[str, Any]:
-        return asdict(self.config)
 
     @property
     def stride_samples(self) -> int:
@@ -244,7 +237,7 @@ class Wav2VecEncoder(Encoder):
             return quantized.vectors, quantized.codes
         return z, None
 
-    def compile_regions(self) -> None:
+    def compile_layers(self) -> None:
         """Compile the extractor and each aggregator layer in place; parameter names stay. Meant for GPUs."""
         compile_in_place((self.feature_extractor, *self.feature_aggregator))
 

@@ -19,7 +19,7 @@ from pretrain.losses.contrastive import draw_negatives
 from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput
 from pretrain.models.conv_features import ConvFrames, receptive_field_samples, stride_samples
 from pretrain.models.conv_features import frames as count_frames
-from pretrain.objectives.collate import stack_waveforms
+from pretrain.objectives.collate import Stacked, stack_waveforms
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 from recipes.wav2vec.encoder import Wav2VecEncoder, Wav2VecEncoderConfig
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
@@ -75,17 +75,14 @@ class Wav2VecCollator(ConvFrames):
     num_negatives: int
 
     def __call__(self, examples: list[Example]) -> Batch:
-        waveforms, lengths, padded = stack_waveforms(examples)
-        frames = int(count_frames(waveforms.shape[1], self.conv_feature_layers))
-        valid = count_frames(lengths, self.conv_feature_layers).tolist()
+        stacked = stack_waveforms(examples)
+        frames = int(count_frames(stacked.waveforms.shape[1], self.conv_feature_layers))
+        valid = count_frames(stacked.lengths, self.conv_feature_layers).tolist()
         negatives = np.zeros((len(examples), frames, self.num_negatives), dtype=np.int64)
         for row, (example, count) in enumerate(zip(examples, valid, strict=True)):
             negatives[row, :count] = draw_negatives(example.rng, np.arange(count), count, self.num_negatives)
         return make_batch(
-            waveforms=waveforms,
-            lengths=lengths,
-            padded=padded,
-            rows=torch.tensor([example.row for example in examples]),
+            stacked,
             negatives=negatives,
             valid=np.arange(frames) < np.array(valid)[:, None],
             offset=self.offset,
@@ -94,11 +91,8 @@ class Wav2VecCollator(ConvFrames):
 
 
 def make_batch(
+    stacked: Stacked,
     *,
-    waveforms: Tensor,
-    lengths: Tensor,
-    padded: bool,
-    rows: Tensor,
     negatives: np.ndarray,
     valid: np.ndarray,
     offset: int,
@@ -116,14 +110,7 @@ def make_batch(
         "valid": valid,
         "valid_positions": np.flatnonzero(valid),
     }
-    return Batch(
-        waveforms=waveforms,
-        lengths=lengths,
-        sample_size=int(scored.sum()),
-        rows=rows,
-        padded=padded,
-        extras={name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in extras.items()},
-    )
+    return stacked.batch(int(scored.sum()), extras)
 
 
 class Targets(NamedTuple):

@@ -23,7 +23,7 @@ from pretrain.weights.interop.types import TrainedMethod
 from recipes.wav2vec.interop import FAIRSEQ_KEYS, to_s3prl
 from recipes.wav2vec.loss import step_hits
 from recipes.wav2vec.method import Wav2VecConfig, Wav2VecMethod
-from recipes.wav2vec.peers import OfficialWav2Vec, s3prl_wav2vec
+from recipes.wav2vec.reference_steps import OfficialWav2Vec, s3prl_wav2vec
 
 SMALL = (
     "method.encoder.conv_feature_layers=[[24,10,5],[24,8,4],[24,4,2],[24,4,2],[24,4,2],[24,1,1]]",

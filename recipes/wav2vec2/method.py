@@ -18,6 +18,7 @@ from pretrain.method import Batch, Counts, Example, Metric, Ratio, StepOutput
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.speech_encoder import ConvOutput
+from pretrain.objectives.collate import Stacked
 from pretrain.objectives.quantized_targets import (
     MaskingCollator,
     QuantizedTargetsConfig,
@@ -45,32 +46,20 @@ class Wav2Vec2Collator(MaskingCollator):
         own = np.arange(masked)
         negatives = [draw_negatives(example.rng, own, masked, self.num_negatives) for example in examples]
         return make_batch(
-            waveforms=drawn.waveforms,
-            lengths=drawn.lengths,
-            padded=drawn.padded,
-            rows=torch.tensor([example.row for example in examples]),
+            drawn.stacked,
             mask=drawn.mask,
             negatives=np.stack(negatives),
         )
 
 
-def make_batch(
-    *, waveforms: Tensor, lengths: Tensor, padded: bool, rows: Tensor, mask: np.ndarray, negatives: np.ndarray
-) -> Batch:
+def make_batch(stacked: Stacked, *, mask: np.ndarray, negatives: np.ndarray) -> Batch:
     """Assemble a batch from a (B, F) mask with K frames in every row and (B, K, N) `negatives` in 0 .. K - 1.
 
     Masked frames travel as flat positions b * F + f too, so that nothing on the device has to count them.
     """
     positions = np.flatnonzero(mask)
     extras = {"mask": mask, "masked_positions": positions, "negatives": negatives}
-    return Batch(
-        waveforms=waveforms,
-        lengths=lengths,
-        sample_size=len(positions),
-        rows=rows,
-        padded=padded,
-        extras={name: torch.from_numpy(value) for name, value in extras.items()},
-    )
+    return stacked.batch(len(positions), extras)
 
 
 class Wav2Vec2Method(QuantizedTargetsMethod):
@@ -121,7 +110,7 @@ class Wav2Vec2Method(QuantizedTargetsMethod):
     def predict(self, batch: Batch) -> tuple[ConvOutput, Tensor]:
         """The features of a batch, and what the encoder predicts at its masked frames: (B, K, P)."""
         mask, positions = batch.extras["mask"], batch.extras["masked_positions"]
-        features = self.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+        features = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         hidden = self.encoder.context(features.projected, features.frame_lengths, mask)[-1]
         masked = hidden.flatten(0, 1).index_select(0, positions)
         return features, self.final_proj(masked).view(len(mask), -1, self.config.final_dim)

@@ -18,12 +18,13 @@ from transformers.models.wav2vec2 import modeling_wav2vec2 as theirs
 
 from pretrain.config import ConfigError, compose_recipe, typed
 from pretrain.method import Batch, Example, Progress
+from pretrain.objectives.collate import Stacked
 from pretrain.quantizers import gumbel
 from pretrain.weights.interop.speech_encoder import state_to_fairseq
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.wav2vec2 import interop
 from recipes.wav2vec2.method import Wav2Vec2Config, Wav2Vec2Method, make_batch
-from recipes.wav2vec2.peers import TransformersWav2Vec2
+from recipes.wav2vec2.reference_steps import TransformersWav2Vec2
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -67,11 +68,9 @@ class Official:
         negatives = flat - masked * torch.arange(len(mask))[:, None, None]
         assert negatives.min() >= 0
         assert negatives.max() < masked
+        lengths = (~self.tensors["in.padding_mask"]).sum(1)
         return make_batch(
-            waveforms=self.tensors["in.wav"],
-            lengths=(~self.tensors["in.padding_mask"]).sum(1),
-            padded=True,
-            rows=torch.arange(len(mask)),
+            Stacked(self.tensors["in.wav"], lengths, torch.arange(len(mask)), padded=True),
             mask=mask,
             negatives=negatives.numpy(),
         )
@@ -213,7 +212,7 @@ def test_equals_transformers(large: bool, training: bool, monkeypatch: pytest.Mo
     output, peer = method(batch), transformers_loss(model, batch, attend=large)
     units = batch.sample_size
     assert value(output, "loss_contrastive") == pytest.approx(peer.contrastive_loss.item() / units, rel=1e-4)
-    features = method.encoder.features(batch.waveforms, batch.lengths if batch.padded else None)
+    features = method.encoder.features(batch.waveforms, batch.lengths_if_padded)
     states = method.encoder.context(features.projected, features.frame_lengths, mask)
     real = [mask.shape[1]] * 2 if features.frame_lengths is None else features.frame_lengths.tolist()
     valid = torch.arange(mask.shape[1]) < torch.tensor(real)[:, None]

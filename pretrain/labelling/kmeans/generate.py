@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.config import resolve_data_dir
+from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest

@@ -181,7 +181,7 @@ def _loss(logits: Tensor, targets: Tensor, penalty: Tensor, batch: Batch, config
     return cross_entropy + config.feature_penalty_weight * penalty * batch.sample_size
 
 
-PEERS: dict[str, Callable[[HubertConfig], nn.Module]] = {
+REFERENCE_STEPS: dict[str, Callable[[HubertConfig], nn.Module]] = {
     "transformers": TransformersHubert,
     "torchaudio": TorchaudioHubert,
     "fairseq": FairseqHubert,

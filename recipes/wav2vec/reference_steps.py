@@ -54,4 +54,4 @@ def fairseq_wav2vec(config: Wav2VecConfig) -> OfficialWav2Vec:
     return OfficialWav2Vec(config, Wav2VecModel, TheirConfig)
 
 
-PEERS: dict[str, Callable[[Wav2VecConfig], nn.Module]] = {"s3prl": s3prl_wav2vec, "fairseq": fairseq_wav2vec}
+REFERENCE_STEPS: dict[str, Callable[[Wav2VecConfig], nn.Module]] = {"s3prl": s3prl_wav2vec, "fairseq": fairseq_wav2vec}

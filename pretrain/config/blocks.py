@@ -1,29 +1,16 @@
-"""Typed, strict configuration: every block of a run, the batch arithmetic, and `key=value` command lines for tools."""
+"""Every block of a run as a dataclass, the batch arithmetic, and the checks that one block can make alone."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from pretrain.errors import UserError
+from pretrain.config.strict import ConfigError, typed
 
-ROOT = Path(__file__).resolve().parent.parent
-CONF_DIR = ROOT / "conf"
-SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-T = TypeVar("T")
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the field and the fix."""
 
 
 @dataclass
@@ -239,42 +226,6 @@ class RunConfig:
         return Path(self.output_dir) / (self.name or self.recipe)
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """A hint for a mistyped name: the closest known ones, or all of them."""
-    near = get_close_matches(word, known, n=3)
-    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-
-
-def typed(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Build dataclass `cls` from plain `values`, refusing unknown keys, missing fields and wrong types.
-
-    `where` is the dotted path of the block, for messages. Raises ConfigError.
-    """
-    check_keys(cls, values, where)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
-        return OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = f"{where}.{error.full_key}" if where else error.full_key
-        raise ConfigError(f"{key}: missing; state it in the recipe or on the command line") from None
-    except ConfigKeyError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, getattr(error, "full_key", "")) if part)
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
-
-
-def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
-    """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones."""
-    hints = get_type_hints(cls)
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            raise ConfigError(f"{path}: no such option; {nearest(str(key), list(hints))}")
-        if is_dataclass(hints[key]) and isinstance(value, dict):
-            check_keys(hints[key], value, path)
-
-
 def run_config(values: dict[str, Any]) -> RunConfig:
     """Type a composed configuration. The method block is typed later, by the method that it names."""
     if "name" not in (values.get("method") or {}):
@@ -282,92 +233,6 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     return typed(RunConfig, values)
 
 
-def recipe_names() -> list[str]:
-    """Every recipe that can be named on the command line, aliases included."""
-    return sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml"))
-
-
-def compose_recipe(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The configuration of one recipe as plain data, as `pretrain/train.py recipe=<recipe>` would see it."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    if recipe not in recipe_names():
-        raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config", [f"recipe={recipe}", *(overrides or [])], return_hydra_config=True)
-    values = OmegaConf.to_container(config, resolve=False)
-    values.pop("hydra")
-    return {**OmegaConf.to_container(OmegaConf.create(values), resolve=True), "recipe": recipe}
-
-
-def check_overrides(arguments: list[str]) -> None:
-    """Refuse `key=value` arguments whose recipe or key does not exist, with the nearest names. Raises ConfigError.
-
-    Hydra's own answer to a mistyped key is to prefix it with +, after which it would be taken and ignored.
-    """
-    pairs = [argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] not in "-~"]
-    recipe = next((value for key, value in pairs if key == "recipe"), None)
-    if recipe is None:
-        raise ConfigError(f"recipe: missing; say recipe=<name>; known: {', '.join(recipe_names())}")
-    known = _flat_keys(compose_recipe(recipe))
-    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    for key, _ in pairs:
-        name = key.lstrip("+")
-        if name not in known and name not in groups and not name.startswith(("hydra.", "deepspeed.")):
-            raise ConfigError(f"{name}: no such option; {nearest(name, sorted(known))}")
-
-
-def _flat_keys(values: dict[str, Any], prefix: str = "") -> set[str]:
-    keys = set()
-    for key, value in values.items():
-        keys |= {f"{prefix}{key}"} | (_flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
-    return keys
-
-
-def resolve_data_dir(directory: str, where: str = "data.dir") -> Path:
-    """`sample` is the embedded sample; anything else is a folder with train.tsv. Raises ConfigError about `where`."""
-    path = SAMPLE_DIR if directory == "sample" else Path(directory)
-    if not (path / "train.tsv").is_file():
-        raise ConfigError(
-            f"{where}: {path} has no train.tsv; run python tools/prepare_manifest.py audio_dir=<audio> output={path}"
-        )
-    return path
-
-
 def save_yaml(values: dict[str, Any], path: Path) -> None:
     """Write plain data as YAML in the order given."""
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def parse_cli(cls: type[T], arguments: list[str], description: str | None = None) -> T:
-    """Type a tool's `key=value` arguments (nested keys with dots) as dataclass `cls`.
-
-    `--help` prints the fields and exits. Raises SystemExit with the message on a wrong argument.
-    """
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print((description or "").strip(), _usage(cls), sep="\n\n")
-        raise SystemExit(0)
-    wrong = [argument for argument in arguments if "=" not in argument]
-    if wrong:
-        raise SystemExit(f"{wrong[0]}: arguments have the form key=value; --help lists the keys")
-    try:
-        return typed(cls, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
-    except ConfigError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
-
-
-def _usage(cls: type, prefix: str = "") -> str:
-    lines = []
-    hints = get_type_hints(cls)
-    for f in fields(cls):
-        name = f"{prefix}{f.name}"
-        if is_dataclass(hints[f.name]):
-            lines.append(_usage(hints[f.name], f"{name}."))
-            continue
-        required = f.default is MISSING and f.default_factory is MISSING
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        shown = "required" if required else f"default {default}"
-        lines.append(f"  {name:<28} {getattr(hints[f.name], '__name__', hints[f.name])!s:<12} {shown}")
-    return "\n".join(lines)

@@ -106,7 +106,7 @@ def _copied(y: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.view(*indices.shape, -1).permute(2, 0, 1, 3), indices
 
 
-PEERS: dict[str, Callable[[Wav2Vec2Config], nn.Module]] = {
+REFERENCE_STEPS: dict[str, Callable[[Wav2Vec2Config], nn.Module]] = {
     "transformers": TransformersWav2Vec2,
     "fairseq": FairseqWav2Vec2,
 }

@@ -56,4 +56,4 @@ def s3prl_training(config: ApcConfig) -> S3prlTraining:
     return S3prlTraining("apc", blocks, {"name": "Adam", "lr": 1e-4}, samples_per_timestep=1, lengths_item=1)
 
 
-PEERS: dict[str, Callable[[ApcConfig], nn.Module]] = {"s3prl": S3prlApc}
+REFERENCE_STEPS: dict[str, Callable[[ApcConfig], nn.Module]] = {"s3prl": S3prlApc}

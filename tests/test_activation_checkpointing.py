@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.method import Encoder
-from pretrain.models.batch_norm import settle_statistics
+from pretrain.models.batch_norm import update_running_statistics
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
 
@@ -58,7 +58,7 @@ def step(encoder: SpeechEncoder) -> tuple[Tensor, dict[str, Tensor]]:
     states = encoder.context(projected, frame_lengths, mask)
     loss = states[-1].square().sum() + states[1].sum() + conv.square().mean()
     loss.backward()
-    settle_statistics(encoder, applied=True)
+    update_running_statistics(encoder, applied=True)
     gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
     return loss.detach(), gradients | dict(encoder.named_buffers())
 
@@ -93,9 +93,9 @@ def test_losses_and_gradients_are_the_same(layer_type: str, pos_enc_type: str) -
 def test_far_less_is_kept(layer_type: str, pos_enc_type: str) -> None:
     waveforms, _ = two_waveforms(8000, 5377)
     totals = []
-    for recompute in (False, True):
+    for checkpoint_activations in (False, True):
         encoder = make(layer_type, pos_enc_type)
-        if recompute:
+        if checkpoint_activations:
             encoder.checkpoint_activations()
         with kept_numbers() as sizes:
             encoder(waveforms, None)
@@ -120,7 +120,7 @@ def test_nothing_is_repeated_without_gradients() -> None:
     assert calls[2:].count("convolutions") == 1
 
 
-def test_regions_are_compiled_inside() -> None:
+def test_layers_are_compiled_inside() -> None:
     """`aot_eager` traces forward and backward like the default backend and needs no compiler."""
     changes = {"dropout": 0.0, "dropout_input": 0.0, "encoder_layers": 2, "encoder_layerdrop": 0.0}
     plain, compiled = (make("conformer", "rel_pos", **changes) for _ in range(2))
@@ -134,5 +134,5 @@ def test_regions_are_compiled_inside() -> None:
 
 
 def test_an_encoder_that_cannot_says_so() -> None:
-    with pytest.raises(UserError, match=r"trainer\.checkpoint_activations: Encoder cannot"):
+    with pytest.raises(UserError, match=r"trainer\.checkpoint_activations: Encoder has no"):
         Encoder().checkpoint_activations()

@@ -9,14 +9,11 @@ import pytest
 import torch
 
 from pretrain.errors import UserError
-from pretrain.losses.reconstruction import l1_sum
-from pretrain.objectives.alterations import (
+from recipes.mockingjay.alterations import (
     Alteration,
     AlterationConfig,
     alter,
-    chunk_mask,
     draw_alteration,
-    last_visible,
     scored_elements,
     stack_alterations,
 )
@@ -181,31 +178,12 @@ def test_noise_reaches_only_the_noisy_rows() -> None:
     assert len(extras["scored_positions"]) == 20 * 200
 
 
-def test_chunks_are_hidden_whole_and_independently() -> None:
-    masks = np.array([chunk_mask(np.random.default_rng(index), 398, 402, 4, 0.2) for index in range(2000)])
-    assert masks.mean(0)[:396].mean() == pytest.approx(0.2, abs=0.003)
-    assert not masks[:, 398:].any()
-    blocks = masks[:, :396].reshape(2000, 99, 4)
-    assert (blocks == blocks[:, :, :1]).all()
-    assert np.corrcoef(blocks[:, 10, 0], blocks[:, 11, 0])[0, 1] == pytest.approx(0.0, abs=0.08)
-
-
-def test_the_last_visible_frame() -> None:
-    mask = np.array([1, 1, 0, 0, 1, 1, 0, 1], dtype=bool)
-    assert last_visible(mask).tolist() == [2, 2, 2, 3, 3, 3, 6, 6]
-    assert last_visible(np.ones(3, dtype=bool)).tolist() == [0, 0, 0]
+def test_the_copied_frame_is_visible_and_in_the_same_row() -> None:
     rows = draws(TIME, 2, 100)
     extras = stack_alterations(rows)
     copied = extras["copied_positions"]
     assert not extras["mask"].flatten()[copied].any()
     assert (copied // 100 == extras["scored_positions"] // 100).all()
-
-
-def test_the_summed_error() -> None:
-    predictions, targets = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
-    assert l1_sum(predictions, targets).item() == 6.0
-    assert l1_sum(predictions, targets, torch.tensor([[True, False], [True, True]])).item() == 4.0
-    assert l1_sum(predictions.bfloat16(), targets).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -46,4 +46,4 @@ def s3prl_training(config: NpcConfig) -> S3prlTraining:
     return S3prlTraining("npc", blocks, {"name": "Adam", "lr": 1e-3}, samples_per_timestep=1, lengths_item=1)
 
 
-PEERS: dict[str, Callable[[NpcConfig], nn.Module]] = {"s3prl": S3prlNpc}
+REFERENCE_STEPS: dict[str, Callable[[NpcConfig], nn.Module]] = {"s3prl": S3prlNpc}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.objectives.masking import last_visible
 
 
 @dataclass
@@ -117,24 +118,6 @@ def _time_spans(rng: np.random.Generator, valid: int, config: AlterationConfig) 
     elsewhere = rng.permutation(last_start + 1)[: len(chosen)]
     within = np.arange(length)
     return (chosen[:, None] + within).ravel(), (elsewhere[:, None] + within).ravel()
-
-
-def chunk_mask(rng: np.random.Generator, valid: int, frames: int, chunk: int, share: float) -> np.ndarray:
-    """(frames,) bool: each run of `chunk` frames among the first `valid` is hidden whole with probability `share`.
-
-    Masked predictive coding (arXiv 1910.09932; athena `models/masked_pc.py`).
-    """
-    hidden = np.repeat(rng.random(-(-frames // chunk)) < share, chunk)[:frames]
-    hidden[valid:] = False
-    return hidden
-
-
-def last_visible(mask: np.ndarray) -> np.ndarray:
-    """(F,) for each frame the last one up to it that `mask` (F,) leaves visible; the first visible where none is."""
-    visible = np.flatnonzero(~mask)
-    if not len(visible):
-        return np.zeros(len(mask), dtype=np.int64)
-    return visible[np.maximum(np.searchsorted(visible, np.arange(len(mask)), side="right") - 1, 0)]
 
 
 def stack_alterations(rows: list[Alteration]) -> dict[str, Tensor]:

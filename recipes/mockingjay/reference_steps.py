@@ -18,7 +18,7 @@ from pretrain.bench.pipeline import S3prlTraining
 from pretrain.config import ConfigError
 from pretrain.method import Batch
 from pretrain.models.positions import SinusoidalPositions
-from pretrain.objectives.alterations import alter, band_mask
+from recipes.mockingjay.alterations import alter, band_mask
 from recipes.mockingjay.interop import audio_config, task_config, transformer_config
 from recipes.mockingjay.method import MockingjayConfig
 
@@ -78,4 +78,4 @@ def s3prl_training(config: MockingjayConfig) -> S3prlTraining:
     return S3prlTraining("tera", blocks, optimizer, samples_per_timestep=samples, lengths_item=3)
 
 
-PEERS: dict[str, Callable[[MockingjayConfig], nn.Module]] = {"s3prl": S3prlMockingjay}
+REFERENCE_STEPS: dict[str, Callable[[MockingjayConfig], nn.Module]] = {"s3prl": S3prlMockingjay}

@@ -1,0 +1,76 @@
+"""Configuration: the blocks of a run, strict typing, the composition of recipes, and the command lines of tools.
+
+Everything that other packages use is exported here.
+"""
+
+from __future__ import annotations
+
+from pretrain.config.blocks import (
+    PRECISIONS,
+    BatchConfig,
+    CorpusConfig,
+    CropConfig,
+    DataConfig,
+    ExpectedConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainerConfig,
+    run_config,
+    save_yaml,
+)
+from pretrain.config.command_line import (
+    parse_cli,
+)
+from pretrain.config.compose import (
+    CONF_DIR,
+    ROOT,
+    check_overrides,
+    compose_recipe,
+    recipe_names,
+)
+from pretrain.config.encoders import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    MAY_BE_ZERO,
+    check_bounds,
+    encoder_config,
+)
+from pretrain.config.strict import (
+    ConfigError,
+    check_keys,
+    nearest,
+    nested_class,
+    typed,
+    typed_values,
+)
+
+__all__ = [
+    "CONF_DIR",
+    "MAX_LAYERS",
+    "MAX_SIZE",
+    "MAY_BE_ZERO",
+    "PRECISIONS",
+    "ROOT",
+    "BatchConfig",
+    "ConfigError",
+    "CorpusConfig",
+    "CropConfig",
+    "DataConfig",
+    "ExpectedConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainerConfig",
+    "check_bounds",
+    "check_keys",
+    "check_overrides",
+    "compose_recipe",
+    "encoder_config",
+    "nearest",
+    "nested_class",
+    "parse_cli",
+    "recipe_names",
+    "run_config",
+    "save_yaml",
+    "typed",
+    "typed_values",
+]

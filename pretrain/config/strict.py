@@ -1,0 +1,98 @@
+"""Plain values to dataclasses: unknown keys, missing fields and wrong types are refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from pretrain.errors import UserError
+
+T = TypeVar("T")
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the field and the fix."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint for a mistyped name: the closest known ones, or all of them."""
+    near = get_close_matches(word, known, n=3)
+    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def typed(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build dataclass `cls` from plain `values`, refusing unknown keys, missing fields and wrong types.
+
+    `where` is the dotted path of the block, for messages. `${...}` in a value is text. Raises ConfigError.
+    """
+    return _from_omegaconf(OmegaConf.to_object, cls, values, where)
+
+
+def typed_values(cls: type, values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """`values` as plain data of the types that `cls` states, its defaults filled in; nothing is built.
+
+    Raises ConfigError as `typed` does, but none of those that `cls` raises itself.
+    """
+    return _from_omegaconf(partial(OmegaConf.to_container, resolve=True, throw_on_missing=True), cls, values, where)
+
+
+def _from_omegaconf(read: Callable[[Any], Any], cls: type, values: dict[str, Any], where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {values!r} is not a mapping of options to values; state {cls.__name__}'s fields")
+    check_keys(cls, values, where)
+    try:
+        return read(OmegaConf.merge(OmegaConf.structured(cls), _literal(values)))
+    except MissingMandatoryValue as error:
+        key = f"{where}.{error.full_key}" if where else error.full_key
+        raise ConfigError(f"{key}: missing; state it in the recipe or on the command line") from None
+    except ConfigKeyError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except OmegaConfBaseException as error:
+        inner = str(getattr(error, "full_key", None) or "")
+        key = ".".join(part for part in (where, inner) if part)
+        problem, value = str(error).splitlines()[0], str(_value_at(values, inner))
+        raise ConfigError(f"{key}: {problem}" if value in problem else f"{key}: {value}: {problem}") from None
+
+
+def _value_at(values: Any, key: str) -> Any:
+    """The value under a key as OmegaConf writes it, such as `a.b[0]`; the innermost one that there is."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        try:
+            values = values[int(part) if isinstance(values, list | tuple) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return values
+    return values
+
+
+def _literal(value: Any) -> Any:
+    """`value` with every `${` escaped, so that OmegaConf gives the text back instead of resolving it."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return [_literal(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
+    """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"{path}: no such option; {nearest(str(key), known)}")
+        nested = nested_class(hints[key])
+        if nested is not None and isinstance(value, dict):
+            check_keys(nested, value, path)
+
+
+def nested_class(hint: Any) -> type | None:
+    """The dataclass that a type hint names, alone or with None; None for any other hint."""
+    return next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
