@@ -1,4 +1,4 @@
-"""What test_engine.py and test_checkpoint.py need from two processes; one launch: torchrun two_ranks.py <folder>."""
+"""What engine, checkpoints and teachers are tested on with two processes; one launch: torchrun two_ranks.py <folder>."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
-from small_teacher import ZERO, TaughtMethod, updates
-from small_teacher import SAVED_AT as TAUGHT_SAVED_AT
-from small_teacher import UPDATES as TAUGHT_UPDATES
+from small_teacher import ZERO, TaughtMethod, taught_updates
 
 from pretrain.method import Batch, Example, Method, Progress
 from pretrain.models.batch_norm import settle_statistics
@@ -70,12 +68,12 @@ def continued(folder: Path, wrote: int, stage: int, world: World, written_by: in
 
 
 def taught_run(folder: Path, zero: dict[str, Any], precision: str, world: World) -> dict[str, Any]:
-    """All weights after each update of a method with a teacher, at once and resumed from the middle."""
+    """All weights after each of four updates of a method with a teacher: at once, and resumed from the second."""
     engine = Engine(TaughtMethod(), OPTIMIZER, {"zero_optimization": zero}, precision, world.device)
-    weights = list(updates(engine, world, 0, TAUGHT_SAVED_AT))
-    save(folder, engine, world, TAUGHT_SAVED_AT)
-    weights += updates(engine, world, TAUGHT_SAVED_AT, TAUGHT_UPDATES)
-    again = list(updates(resumed(folder, TaughtMethod(), zero, precision, world), world, TAUGHT_SAVED_AT, TAUGHT_UPDATES))
+    weights = list(taught_updates(engine, world, 0, 2))
+    save(folder, engine, world, 2)
+    weights += taught_updates(engine, world, 2, 4)
+    again = list(taught_updates(resumed(folder, TaughtMethod(), zero, precision, world), world, 2, 4))
     return {"weights": [plain(state) for state in weights], "again": [plain(state) for state in again]}
 
 

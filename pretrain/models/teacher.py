@@ -3,15 +3,16 @@
 A method holds its teacher outside `encoder`, so that it is in every checkpoint and in no export. One that follows its
 student as a moving average (data2vec, BYOL) is made, started and moved like this:
 
-    self.teacher = Teacher.copy_of(self.encoder)                                    # in __init__; any part of it will do
-    self.teacher.update(self.encoder, decay=0.0)                                    # in begin: after `init_from`
-    targets = self.teacher(features)                                                # in forward
-    self.teacher.update(self.encoder, linear_ramp(progress.update, 0.999, 0.9999, 30_000))  # in after_step
+    self.teacher = Teacher.copy_of(self.encoder)         # in __init__; any part of the encoder will do
+    self.teacher.update(self.encoder, decay=0.0)         # in begin, since `init_from` comes after __init__
+    targets, _ = self.teacher(batch.waveforms, lengths)  # in forward
+    decay = linear_ramp(progress.update, 0.999, 0.9999, 30_000)
+    self.teacher.update(self.encoder, decay)             # in after_step
 
 and one that stays as it was trained (DistilHuBERT), with a field `teacher: TeacherConfig` in the configuration:
 
-    self.teacher = frozen_teacher(config.teacher)                                   # in __init__; reads no file
-    load_teacher(self.teacher, self.config.teacher)                                 # in begin
+    self.teacher = frozen_teacher(config.teacher)        # in __init__; reads no file
+    load_teacher(self.teacher, self.config.teacher)      # in begin
 
 Its weights are parameters without a gradient, not buffers. ZeRO 3 then shares them out over the ranks as it does those
 of the student, and `update` works on each rank's share: parameters of one shape are divided alike, so nothing has to
@@ -108,7 +109,7 @@ class TeacherConfig:
 
 
 def frozen_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher that `config` describes, with fresh weights; `load_teacher` or a checkpoint brings the trained ones."""
+    """The teacher that `config` describes, with fresh weights: `load_teacher` or a checkpoint brings the trained."""
     return Teacher(load_method(config.method).Encoder.from_config(config.encoder))
 
 

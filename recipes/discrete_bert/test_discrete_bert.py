@@ -94,6 +94,9 @@ def test_the_tokenizer_is_not_trained(method: DiscreteBertMethod, batch: Batch) 
     assert not {id(p) for p in trained} & {id(p) for p in frozen}
     method.train()
     assert not any(module.training for module in method.encoder.tokenizer.modules())
+    # The names under which checkpoints have it are its own.
+    names = [name for name in method.encoder.state_dict() if name.startswith("tokenizer.")]
+    assert names == [f"tokenizer.{name}" for name in method.encoder.tokenizer.network.state_dict()]
     # Training reads no audio: the waveforms are one zero.
     assert batch.waveforms.untyped_storage().nbytes() == 4
 
