@@ -1,4 +1,4 @@
-"""What test_engine.py and test_checkpoint.py need from two processes; one launch: torchrun two_ranks.py <folder>."""
+"""What engine, checkpoints and teachers are tested on with two processes; one launch: torchrun two_ranks.py <folder>."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from small_hubert import KINDS, small_method
 from small_method import OPTIMIZER, SAVED_AT, UPDATES, SmallMethod, engine_of, plain, train
+from small_teacher import ZERO, TaughtMethod, taught_updates
 
-from pretrain.method import Batch, Example, Progress
+from pretrain.method import Batch, Example, Method, Progress
 from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World, all_agree, from_main, join_world
@@ -34,11 +35,16 @@ def save(run: Path, engine: Engine, world: World, step: int, keep: int = 2) -> s
 
 def load(run: Path, stage: int, precision: str, world: World) -> Engine:
     """A fresh engine with the newest checkpoint's weights and optimiser state."""
+    return resumed(run, SmallMethod(), {"stage": stage}, precision, world)
+
+
+def resumed(run: Path, method: Method, zero: dict[str, Any], precision: str, world: World) -> Engine:
+    """An engine around `method` with the newest checkpoint's weights and optimiser state."""
     found, _ = checkpoint.find_resumable(run, world)
     assert found is not None, f"{run} holds no complete checkpoint"
-    state, method = checkpoint.load_state(found), SmallMethod()
+    state = checkpoint.load_state(found)
     method.load_state_dict(checkpoint.load_weights(found))
-    engine = engine_of(stage, precision, world, method)
+    engine = Engine(method, OPTIMIZER, {"zero_optimization": zero}, precision, world.device)
     with checkpoint.moment_reader(found) as read:
         engine.load_optimizer_state(read, {"adam_steps": state.adam_steps, "loss_scale": state.loss_scale})
     return engine
@@ -59,6 +65,16 @@ def continued(folder: Path, wrote: int, stage: int, world: World, written_by: in
     loaded = plain(engine.optimizer_state())
     history = train(engine, world, SAVED_AT, UPDATES)
     return {"history": history, "weights": plain(engine.weights(keep=True)), "moments": loaded}
+
+
+def taught_run(folder: Path, zero: dict[str, Any], precision: str, world: World) -> dict[str, Any]:
+    """All weights after each of four updates of a method with a teacher: at once, and resumed from the second."""
+    engine = Engine(TaughtMethod(), OPTIMIZER, {"zero_optimization": zero}, precision, world.device)
+    weights = list(taught_updates(engine, world, 0, 2))
+    save(folder, engine, world, 2)
+    weights += taught_updates(engine, world, 2, 4)
+    again = list(taught_updates(resumed(folder, TaughtMethod(), zero, precision, world), world, 2, 4))
+    return {"weights": [plain(state) for state in weights], "again": [plain(state) for state in again]}
 
 
 def one_rank_fails_to_write(folder: Path, world: World) -> dict[str, Any]:
@@ -154,6 +170,7 @@ def main(folder: Path) -> None:
         "from_one_rank": [continued(folder, wrote, stage, world, written_by=1) for wrote, stage in CHANGES],
         "hubert": hubert_losses(world),
         "conformer": conformer_run(world, SHARED_OUT, checkpoint_activations=True),
+        "taught": {name: taught_run(folder / f"taught{name}", zero, "fp32", world) for name, zero in ZERO.items()},
         "failing": one_rank_fails_to_write(folder, world),
         "damaged": damage_seen_by_one_rank(folder, world),
         "from_main": from_main({"rank": world.rank}),

@@ -99,8 +99,8 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
     """
     own = method.config.name
     weights = _read(init_from, [own, *_methods_sharing(type(method.encoder), own)])
-    done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}", *_compare(method.encoder, weights)]
-    load_strictly(method.encoder, weights.encoder_state, weights.origin)
+    differing_options = load_matching(method.encoder, weights, "method.encoder")
+    done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}", *differing_options]
     if weights.method_name != own and head == "keep":
         raise InteropError(
             f"{weights.origin}: a checkpoint of '{weights.method_name}', whose heads are not those of '{own}'; "
@@ -125,10 +125,11 @@ def _methods_sharing(encoder_class: type[Encoder], own: str) -> list[str]:
     return [name for name in method_names() if name != own and load_method(name).Encoder is encoder_class]
 
 
-def _compare(encoder: Encoder, weights: Weights) -> list[str]:
-    """A sentence on the options in which the weights' encoder differs from `encoder`, where it may; none if in nothing.
+def load_matching(encoder: Encoder, weights: Weights, field: str) -> list[str]:
+    """Load `weights` into the encoder that the options under `field` describe.
 
-    Raises InteropError for the first other difference.
+    Returns a sentence on the options in which the weights' encoder differs where it may; none if in nothing. Raises
+    InteropError for the first other difference.
     """
     with torch.device("meta"):
         # Through the class, so that weights from before a field existed get its default.
@@ -138,9 +139,10 @@ def _compare(encoder: Encoder, weights: Weights) -> list[str]:
     for name in differing:
         if name not in encoder.weight_independent_fields:
             raise InteropError(
-                f"{weights.origin}: method.encoder.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} in the "
+                f"{weights.origin}: {field}.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} in the "
                 "recipe; choose the recipe that the weights were trained with, or set the field to their value"
             )
+    load_strictly(encoder, weights.encoder_state, weights.origin)
     listed = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in differing)
     return [f"the recipe's options of the encoder are used where they differ: {listed}"] if differing else []
 

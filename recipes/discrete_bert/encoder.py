@@ -17,6 +17,7 @@ from pretrain.labelling.tokens.dictionary import code_numbers
 from pretrain.labelling.tokens.tokenizer import build_tokenizer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
+from pretrain.models.teacher import Teacher
 from pretrain.models.transformer import TransformerLayer
 
 # fairseq's Dictionary begins with these; the pairs of codes follow, and <mask> is last.
@@ -54,8 +55,8 @@ class DiscreteBertEncoderConfig:
 class DiscreteBertEncoder(StackEncoder):
     """Waveforms to RoBERTa's embedding output and layers; training feeds it tokens, through `context`.
 
-    `tokenizer` is frozen and stays in evaluation mode. `token_of_number` (V ** G,) maps the number of a combination of
-    codes to its token; all are <unk> until the method's `begin` has read the dictionary.
+    `tokenizer` is frozen, and always in evaluation mode, in which it draws no noise. `token_of_number` (V ** G,) maps
+    the number of a combination of codes to its token; all are <unk> until the method's `begin` has read the dictionary.
     """
 
     Config = DiscreteBertEncoderConfig
@@ -66,8 +67,9 @@ class DiscreteBertEncoder(StackEncoder):
     def __init__(self, config: DiscreteBertEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = build_tokenizer(config.tokenizer.method, config.tokenizer.encoder).requires_grad_(False).eval()
-        groups, entries = self.tokenizer.code_shape
+        tokenizer = build_tokenizer(config.tokenizer.method, config.tokenizer.encoder)
+        self.tokenizer = Teacher(tokenizer)
+        groups, entries = tokenizer.code_shape
         self.register_buffer("token_of_number", torch.full((entries**groups,), UNK))
         dim = config.encoder_embed_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, dim, padding_idx=PAD)
@@ -90,13 +92,8 @@ class DiscreteBertEncoder(StackEncoder):
             if not name.startswith("tokenizer"):
                 init_bert(module)
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
-        self.downsample_rates = [self.tokenizer.stride_samples] * (config.encoder_layers + 1)
+        self.downsample_rates = [tokenizer.stride_samples] * (config.encoder_layers + 1)
 
-    def train(self, mode: bool = True) -> DiscreteBertEncoder:
-        """As for any module, but the tokenizer stays in evaluation mode, in which it draws no noise."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples, or None where nothing is padded, to hidden states and token counts.
@@ -117,9 +114,10 @@ class DiscreteBertEncoder(StackEncoder):
         s3prl's rule: the quantizer sees the batch with its padding, and a row keeps its n / stride codes, rounded to
         the nearest even, of which the last may be the padding's.
         """
-        codes, _ = self.tokenizer.codes(waveforms, None)
-        numbers = code_numbers(codes, self.tokenizer.code_shape[1])
-        stride, frames = self.tokenizer.stride_samples, numbers.shape[1]
+        tokenizer = self.tokenizer.network
+        codes, _ = tokenizer.codes(waveforms, None)
+        numbers = code_numbers(codes, tokenizer.code_shape[1])
+        stride, frames = tokenizer.stride_samples, numbers.shape[1]
         frames = min(round(waveforms.shape[1] / stride), frames)
         if lengths is None:
             counts = torch.full((len(waveforms),), frames, device=waveforms.device)

@@ -208,7 +208,8 @@ class DiscreteBertMethod(Method):
         directory = found[TOKENS].directory
         if directory is None:
             return
-        dictionary = TokenDictionary.read(directory, *self.encoder.tokenizer.code_shape)
+        tokenizer = self.encoder.tokenizer.network
+        dictionary = TokenDictionary.read(directory, *tokenizer.code_shape)
         tokens = torch.from_numpy(dictionary.class_of_number()) + UNK
         known = self.encoder.token_of_number
         if bool((known != UNK).any()) and not torch.equal(known.cpu(), tokens):
@@ -217,7 +218,7 @@ class DiscreteBertMethod(Method):
                 "tools/quantize.py tokens=<its token directory>"
             )
         known.copy_(tokens)
-        load_tokenizer(self.encoder.tokenizer, directory)
+        load_tokenizer(tokenizer, directory)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss in nats per predicted token; `perplexity_bits` is the same in bits, fairseq's `ppl` being 2 to it.

@@ -94,6 +94,9 @@ def test_the_tokenizer_is_not_trained(method: DiscreteBertMethod, batch: Batch) 
     assert not {id(p) for p in trained} & {id(p) for p in frozen}
     method.train()
     assert not any(module.training for module in method.encoder.tokenizer.modules())
+    # The names under which checkpoints have it are its own.
+    names = [name for name in method.encoder.state_dict() if name.startswith("tokenizer.")]
+    assert names == [f"tokenizer.{name}" for name in method.encoder.tokenizer.network.state_dict()]
     # Training reads no audio: the waveforms are one zero.
     assert batch.waveforms.untyped_storage().nbytes() == 4
 
@@ -174,7 +177,7 @@ def test_waveforms_become_tokens(method: DiscreteBertMethod) -> None:
     tokens, counts = method.encoder.tokens(waveforms, lengths)
     # 170 is 27,200 / 160, but there are 168 frames; 16,079 / 160 is 100.49.
     assert counts.tolist() == [168 + 2, 100 + 2]
-    codes, _ = method.encoder.tokenizer.codes(waveforms, None)
+    codes, _ = method.encoder.tokenizer.network.codes(waveforms, None)
     table = method.encoder.token_of_number
     for row, length in ((0, 168), (1, 100)):
         inner = [int(table[first * 8 + second]) for first, second in codes[row, :length].tolist()]
@@ -199,7 +202,7 @@ def test_long_strings_are_seen_in_pieces() -> None:
 
 def token_directory(folder: Path, method: DiscreteBertMethod) -> TargetInfo:
     """A token directory, but for its labels, that holds the tokenizer of `method` and a dictionary."""
-    write_native("wav2vec", method.encoder.tokenizer, folder / "tokenizer")
+    write_native("wav2vec", method.encoder.tokenizer.network, folder / "tokenizer")
     counts = np.zeros(64, dtype=np.int64)
     counts[[9, 3, 17]] = [5, 50, 7]
     dictionary = TokenDictionary.from_counts(counts, 2, 8)
@@ -220,8 +223,8 @@ def test_a_run_takes_tokenizer_and_dictionary_from_the_labels(tmp_path: Path) ->
     table = method.encoder.token_of_number
     assert {number: int(table[number]) for number in (3, 17, 9, 0)} == {3: 4, 17: 5, 9: 6, 0: UNK}
     waveforms, lengths = two_waveforms()
-    theirs = source.encoder.tokenizer.codes(waveforms, lengths)[0]
-    assert torch.equal(method.encoder.tokenizer.codes(waveforms, lengths)[0], theirs)
+    theirs = source.encoder.tokenizer.network.codes(waveforms, lengths)[0]
+    assert torch.equal(method.encoder.tokenizer.network.codes(waveforms, lengths)[0], theirs)
     again = method.encoder.from_config(method.encoder.to_config())
     again.load_state_dict(method.encoder.state_dict())
     method.begin({TOKENS: info})
