@@ -118,6 +118,7 @@ def make_batch(subject: Subject, rows: int, samples: int, whole: bool) -> Batch:
     With `whole` utterances the last row is a tenth shorter, so that the batch is padded as theirs are.
     """
     examples = []
+    collator = subject.method_class.collator(subject.method_config)
     for row in range(rows):
         rng = np.random.default_rng(row)
         length = samples * 9 // 10 if whole and row == rows - 1 and rows > 1 else samples
@@ -126,8 +127,10 @@ def make_batch(subject: Subject, rows: int, samples: int, whole: bool) -> Batch:
         transcript = None
         if subject.method_class.needs_transcripts(subject.method_config):
             transcript = np.arange(length * SYMBOLS_PER_SECOND // SAMPLE_RATE) % 2
-        examples.append(Example(torch.zeros(length), row, 0, labels, rng, transcript))
-    return subject.method_class.collator(subject.method_config)(examples)
+        waveform = torch.zeros(length)
+        example = Example(waveform, row, 0, labels, rng, transcript, waveform if collator.reads_clean_audio else None)
+        examples += [example] * collator.crops_per_example
+    return collator(examples)
 
 
 def memory_rows(footprint: Footprint, state: StateBytes) -> dict[str, float]:

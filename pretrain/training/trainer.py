@@ -82,6 +82,7 @@ class Trainer:
             if self.reporter and self.reader.plan.shares:
                 shares = [share.scalars() for share in self.reader.plan.shares]
                 self.reporter.scalars({k: v for share in shares for k, v in share.items()}, self.state.update, "data")
+            self._report_audio()
             profiler = None
             if self.config.trainer.profile:
                 profiler = stack.enter_context(UpdateProfiler(self.config.run_dir, self.world.rank, self.world.device))
@@ -270,7 +271,20 @@ class Trainer:
             self.reporter.figures(figures, self.state.update)
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._say(f"update {self.state.update}: validation: {numbers}")
+        self._report_audio()
         self.throughput.restart()
+
+    def _report_audio(self) -> None:
+        """Examples of the next update's first micro-batch, as they were read and as they are trained on."""
+        if not self.reporter or not self.config.trainer.audio_examples:
+            return
+        upcoming = self.reader.plan.micro_batch(self.state.step * self.config.batch.micro_batches_per_step)
+        examples = self.reader.examples(upcoming, [], with_clean=True)
+        for place, example in enumerate(examples[: self.config.trainer.audio_examples]):
+            waveforms = {f"audio/{place}_clean": example.clean_waveform}
+            if self.reader.augmenter is not None:
+                waveforms[f"audio/{place}_augmented"] = example.waveform
+            self.reporter.audio(waveforms, self.state.update)
 
     def _save(self, last: bool) -> None:
         """Raises CheckpointError where the process' last checkpoint cannot be written: it must not seem finished."""
