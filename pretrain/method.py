@@ -32,7 +32,8 @@ class Example:
 
     `waveform` is (T,) float32 at 16 kHz; `start` is the crop's first sample, a multiple of the frame stride; `targets`
     holds what the recipe asked for in `Method.targets`, by name, as `TargetSpec` describes it; `rng` is seeded by
-    (seed, epoch, row).
+    (seed, epoch, row). `clean_waveform` is (T,) `waveform` before augmentation (the same where there was none), where
+    the collator asks for it.
     """
 
     waveform: Tensor
@@ -40,6 +41,7 @@ class Example:
     start: int
     targets: dict[str, np.ndarray | None]
     rng: np.random.Generator
+    clean_waveform: Tensor | None = None
 
 
 @dataclass
@@ -83,15 +85,31 @@ class Batch:
 class Collator(Protocol):
     """A picklable dataclass of plain numbers that turns examples into a batch, inside a loader worker.
 
-    `stride_samples` and `receptive_field_samples` describe the frame grid on which crops are placed. A collator
-    with an attribute `reads_audio` that is False works on labels alone: no file is opened, and `Example.waveform` has
-    the crop's length but holds only zeros, in the memory of one number (`objectives.collate.silent_waveforms`).
+    `stride_samples` and `receptive_field_samples` describe the frame grid on which crops are placed. A collator whose
+    `reads_audio` is False works on labels alone: no file is opened, and `Example.waveform` has the crop's length but
+    holds only zeros, in the memory of one number (`objectives.collate.silent_waveforms`). One whose `reads_clean_audio`
+    is True finds `Example.clean_waveform` set, for targets that are made of the waveform before augmentation. It gets
+    `crops_per_example` examples of every row, one after the other: the same row and length, but each with a start, a
+    generator and an augmentation of its own, and the first one what it would be alone. The budget of a micro-batch
+    counts rows, so n crops are n times as much audio. `CollatorDefaults` has the usual values of these three.
     """
 
     stride_samples: int
     receptive_field_samples: int
+    reads_audio: bool
+    reads_clean_audio: bool
+    crops_per_example: int
 
     def __call__(self, examples: list[Example]) -> Batch: ...
+
+
+class CollatorDefaults:
+    """What collators say of the examples that they take, unless they need something else; see `Collator`."""
+
+    # Without annotations, so that they are no fields of the dataclasses that inherit them.
+    reads_audio = True
+    reads_clean_audio = False
+    crops_per_example = 1
 
 
 class Ratio(NamedTuple):

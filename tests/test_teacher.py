@@ -22,7 +22,7 @@ from two_ranks import taught_run
 
 from pretrain.config import compose_recipe, run_config
 from pretrain.errors import UserError
-from pretrain.method import Batch, LabelInfo, Progress, StepOutput
+from pretrain.method import Batch, Progress, StepOutput, TargetInfo
 from pretrain.models.teacher import Teacher, TeacherConfig, frozen_teacher, linear_ramp, load_teacher
 from pretrain.training.distributed import World
 from pretrain.training.setup import build_trainer
@@ -185,7 +185,7 @@ class TaughtHubert(HubertMethod):
         self.average = Teacher.copy_of(self.encoder)
         self.frozen = frozen_teacher(config.frozen)
 
-    def begin(self, labels: list[LabelInfo]) -> None:
+    def begin(self, found: dict[str, TargetInfo]) -> None:
         """Both get their weights."""
         self.average.update(self.encoder, 0.0)
         load_teacher(self.frozen, self.config.frozen, "method.frozen")

@@ -119,10 +119,10 @@ def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, mon
     bad = trainer.reader.manifest.path(int(trainer.reader.plan.rows[0]))
     real = trainer.reader._example
 
-    def often_unreadable(batch: MicroBatch, row: int, copy: int) -> Any:
+    def often_unreadable(batch: MicroBatch, row: int, *which: int) -> Any:
         if row % 2:
             raise AudioError(f"{bad}: cannot be decoded; repair it")
-        return real(batch, row, copy)
+        return real(batch, row, *which)
 
     monkeypatch.setattr(trainer.reader, "_example", often_unreadable)
     with pytest.raises(AudioError, match=r"bad_audio_rank\*\.txt: \d+ of \d+ files read could not be used"):

@@ -1,4 +1,4 @@
-"""What engine, checkpoints and teachers are tested on with two processes; one launch: torchrun two_ranks.py <folder>."""
+"""What two ranks find: torchrun starts this, and writes `two_ranks.json` into the folder that it is given."""
 
 from __future__ import annotations
 

@@ -197,12 +197,14 @@ def make_batch(options: StepOptions, subject: Subject) -> Batch:
     """Noise with random labels through the method's collator, which draws the masks."""
     samples = round(options.seconds * SAMPLE_RATE)
     examples = []
+    collator = subject.method_class.collator(subject.config)
     for row in range(options.batch):
         rng = np.random.default_rng(row)
         waveform = torch.from_numpy(rng.normal(0.0, 0.1, samples).astype(np.float32))
         targets = made_up_targets(subject.method_class.targets(subject.config), samples, LABEL_RATE_HZ, rng)
-        examples.append(Example(waveform, row, 0, targets, rng))
-    return subject.method_class.collator(subject.config)(examples)
+        clean = waveform if collator.reads_clean_audio else None
+        examples += [Example(waveform, row, 0, targets, rng, clean)] * collator.crops_per_example
+    return collator(examples)
 
 
 def _prepare(options: StepOptions) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pretrain.config.strict import ConfigError, typed
+from pretrain.data.augment.options import AugmentConfig
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -100,7 +101,8 @@ class DataConfig:
     `speakers` (for `batch.within`) is the place of the speaker in a path, or a table; `transcripts` a table of symbol
     strings and `dictionary` the file that numbers their symbols; `classes` a table of classes or tags of utterances and
     `class_names` the file that numbers them; in these paths `{dir}` stands for the corpus' folder and `{split}` for
-    train or valid. `corpora` takes the place of `dir`, `labels`, `transcripts` and `classes`.
+    train or valid. `corpora` takes the place of `dir`, `labels`, `transcripts` and `classes`. `noise` and `rirs` (room
+    impulse responses) are manifests, or folders with train.tsv, for recipes whose `augment` block needs them.
     """
 
     name: str
@@ -116,6 +118,8 @@ class DataConfig:
     class_names: str | None = None
     corpora: Any = None
     sampling_alpha: float | None = None
+    noise: str | None = None
+    rirs: str | None = None
 
     def __post_init__(self) -> None:
         if self.sampling_alpha is not None and self.sampling_alpha < 0:
@@ -175,6 +179,7 @@ class TrainerConfig:
     dry_run: bool
     dry_run_device: str
     dry_run_ranks: int | None
+    audio_examples: int = 0
 
     def __post_init__(self) -> None:
         if self.dry_run_device not in ("cuda", "cpu"):
@@ -184,6 +189,8 @@ class TrainerConfig:
         for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_validation_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number")
+        if self.audio_examples < 0:
+            raise ConfigError(f"trainer.audio_examples: {self.audio_examples} is negative; 0 writes none")
 
 
 @dataclass
@@ -213,6 +220,7 @@ class RunConfig:
     trainer: TrainerConfig
     deepspeed: dict[str, Any]
     expected: ExpectedConfig = field(default_factory=ExpectedConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

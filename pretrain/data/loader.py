@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import RunConfig
 from pretrain.data.audio import AudioError, read_audio
+from pretrain.data.augment.augmenter import Augmenter
 from pretrain.data.joined import JoinedManifest
 from pretrain.data.manifest import Manifest
 from pretrain.data.mix import Mix
@@ -35,7 +36,8 @@ class Split:
 class MicroBatchReader(Dataset[Batch]):
     """Turns a `MicroBatch` into a `Batch`.
 
-    Everything random about an example follows from (seed, epoch, row), and from its copy where the row comes again.
+    Everything random about an example follows from (seed, epoch, row), from its copy where the row comes again, and
+    from its crop where the collator asks for several. `augmenter` alters the waveforms; None leaves them as they are.
     """
 
     def __init__(
@@ -45,28 +47,41 @@ class MicroBatchReader(Dataset[Batch]):
         plan: Plan,
         collator: Collator,
         seed: int,
+        augmenter: Augmenter | None = None,
     ) -> None:
         self.manifest = manifest
         self.targets = targets
         self.plan = plan
         self.collator = collator
         self.seed = seed
+        self.augmenter = augmenter
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         problems: list[str] = []
-        rows = micro_batch.rows.tolist()
-        copies = [0] * len(rows) if micro_batch.copies is None else micro_batch.copies.tolist()
-        places = zip(rows, copies, strict=True)
-        batch = self.collator([self._readable_example(micro_batch, row, copy, problems) for row, copy in places])
+        batch = self.collator(self.examples(micro_batch, problems, self.collator.reads_clean_audio))
         batch.problems = problems
         return batch
 
-    def _readable_example(self, micro_batch: MicroBatch, row: int, copy: int, problems: list[str]) -> Example:
-        """The example of `row`, or of another row where its file cannot be read; shapes stay as planned."""
+    def examples(self, micro_batch: MicroBatch, problems: list[str], with_clean: bool) -> list[Example]:
+        """What the collator gets, `clean_waveform` included where `with_clean`.
+
+        Files that cannot be read are replaced and reported in `problems`.
+        """
+        rows = micro_batch.rows.tolist()
+        copies = [0] * len(rows) if micro_batch.copies is None else micro_batch.copies.tolist()
+        crops = [self._readable(micro_batch, row, copy, problems) for row, copy in zip(rows, copies, strict=True)]
+        examples = [example for of_row in crops for example in of_row]
+        if with_clean:
+            examples = [replace(example, clean_waveform=example.waveform) for example in examples]
+        return examples if self.augmenter is None else self.augmenter(examples, problems)
+
+    def _readable(self, micro_batch: MicroBatch, row: int, copy: int, problems: list[str]) -> list[Example]:
+        """The crops of `row`, or of another row where its file cannot be read; shapes stay as planned."""
         candidate = row
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return self._example(micro_batch, candidate, copy)
+                crops = range(self.collator.crops_per_example)
+                return [self._example(micro_batch, candidate, copy, crop) for crop in crops]
             except AudioError as error:
                 problems.append(str(error))
                 candidate = self.plan.replacement(micro_batch, row, attempt)
@@ -75,13 +90,14 @@ class MicroBatchReader(Dataset[Batch]):
             "check that data.dir's root is mounted. " + " | ".join(problems[-MAX_REPLACEMENTS:])
         )
 
-    def _example(self, micro_batch: MicroBatch, row: int, copy: int = 0) -> Example:
+    def _example(self, micro_batch: MicroBatch, row: int, copy: int = 0, crop: int = 0) -> Example:
         # Zeros at the end of a seed count for nothing, hence the 0 in the middle.
-        rng = np.random.default_rng([self.seed, micro_batch.epoch, row, *([0, copy] if copy else [])])
+        which = [0, copy, crop] if crop else [0, copy] if copy else []
+        rng = np.random.default_rng([self.seed, micro_batch.epoch, row, *which])
         length = int(self.manifest.lengths[row])
         samples = min(length, micro_batch.crop_samples)
         start = int(rng.integers((length - samples) // self.plan.stride_samples + 1)) * self.plan.stride_samples
-        if getattr(self.collator, "reads_audio", True):
+        if self.collator.reads_audio:
             waveform = torch.from_numpy(read_audio(self.manifest.path(row), start, samples))
         else:
             waveform = torch.zeros(()).expand(samples)
@@ -89,8 +105,17 @@ class MicroBatchReader(Dataset[Batch]):
         return Example(waveform, row, start, targets, rng)
 
 
-def planned_reader(config: RunConfig, split: Split, collator: Collator, mix: Mix | None = None) -> MicroBatchReader:
-    """The reader that a run of `config` uses on one split, with its plan; without `mix` every row comes once."""
+def planned_reader(
+    config: RunConfig,
+    split: Split,
+    collator: Collator,
+    mix: Mix | None = None,
+    augmenter: Augmenter | None = None,
+) -> MicroBatchReader:
+    """The reader that a run of `config` uses on one split, with its plan; without `mix` every row comes once.
+
+    `augmenter` is for the training split alone: validation data are never altered.
+    """
     plan = Plan(
         split.manifest.lengths,
         min_seconds=config.crop.min_seconds,
@@ -103,7 +128,7 @@ def planned_reader(config: RunConfig, split: Split, collator: Collator, mix: Mix
         groups=split.groups,
         mix=mix,
     )
-    return MicroBatchReader(split.manifest, split.targets, plan, collator, config.seed)
+    return MicroBatchReader(split.manifest, split.targets, plan, collator, config.seed, augmenter)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

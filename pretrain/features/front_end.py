@@ -22,6 +22,7 @@ from pretrain.features.cmvn import normalize_frames, valid_mask
 from pretrain.features.fbank import SHIFT_SAMPLES, Fbank, append_deltas
 from pretrain.features.mel import WINDOW_SAMPLES
 from pretrain.features.spectrogram import LINEAR_BINS, LogSpectrogram
+from pretrain.method import CollatorDefaults
 
 KINDS = ("log_mel", "log_linear", "fbank")
 WINDOWS = ("povey", "hamming")
@@ -95,7 +96,7 @@ class FrontEndConfig:
 
 
 @dataclass(frozen=True)
-class FeatureFrames:
+class FeatureFrames(CollatorDefaults):
     """The frame grid of a front end: what a collator says of its crops."""
 
     front_end: FrontEndConfig

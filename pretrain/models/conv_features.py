@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.method import CollatorDefaults
 from pretrain.models.kernels import linear
 
 
@@ -39,7 +40,7 @@ def receptive_field_samples(conv_layers: list[list[int]]) -> int:
 
 
 @dataclass(frozen=True)
-class ConvFrames:
+class ConvFrames(CollatorDefaults):
     """The frame grid of a stack of convolutions [[dim, kernel, stride], ...]: what a collator says of its crops."""
 
     conv_feature_layers: list[list[int]]

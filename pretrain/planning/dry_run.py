@@ -120,12 +120,15 @@ def make_batch(subject: Subject, rows: int, samples: int, whole: bool) -> Batch:
     With `whole` utterances the last row is a tenth shorter, so that the batch is padded as theirs are.
     """
     examples = []
+    collator = subject.method_class.collator(subject.method_config)
     for row in range(rows):
         rng = np.random.default_rng(row)
         length = samples * 9 // 10 if whole and row == rows - 1 and rows > 1 else samples
         targets = made_up_targets(subject.method_class.targets(subject.method_config), length, LABEL_RATE_HZ, rng)
-        examples.append(Example(torch.zeros(length), row, 0, targets, rng))
-    return subject.method_class.collator(subject.method_config)(examples)
+        waveform = torch.zeros(length)
+        example = Example(waveform, row, 0, targets, rng, waveform if collator.reads_clean_audio else None)
+        examples += [example] * collator.crops_per_example
+    return collator(examples)
 
 
 def memory_rows(footprint: Footprint, state: StateBytes) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pretrain.data.audio import SAMPLE_RATE
 from pretrain.method import Metric, Predictions, Ratio
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
@@ -173,6 +174,12 @@ class Reporter:
         """Pictures drawn by the method."""
         for name, figure in figures.items():
             self._writer.add_figure(f"validation/{name}", figure, update)
+
+    def audio(self, waveforms: dict[str, Tensor], update: int) -> None:
+        """(T,) waveforms at 16 kHz by tag, all scaled by one factor where one of them exceeds full scale."""
+        peak = max(1.0, *(float(waveform.abs().max()) for waveform in waveforms.values()))
+        for name, waveform in waveforms.items():
+            self._writer.add_audio(name, waveform / peak, update, SAMPLE_RATE)
 
     def histogram(self, name: str, counts: Tensor, update: int) -> None:
         """How often each entry of a codebook or label set occurred."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.config import RunConfig
 from pretrain.data.audio import AudioError
+from pretrain.data.loader import MicroBatchReader
 from pretrain.data.plan import Plan
 from pretrain.method import Batch
 from pretrain.training.distributed import World
@@ -130,6 +131,18 @@ class RunLog:
         self._reporter.figures(figures, update)
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"update {update}: validation: {numbers}")
+
+    def audio(self, reader: MicroBatchReader, step: int, update: int) -> None:
+        """Examples of the first micro-batch of `step`, as they were read and as they are trained on."""
+        count = self.run.config.trainer.audio_examples
+        if not self._reporter or not count:
+            return
+        upcoming = reader.plan.micro_batch(step * self.run.config.batch.micro_batches_per_step)
+        for place, example in enumerate(reader.examples(upcoming, [], with_clean=True)[:count]):
+            waveforms = {f"audio/{place}_clean": example.clean_waveform}
+            if reader.augmenter is not None:
+                waveforms[f"audio/{place}_augmented"] = example.waveform
+            self._reporter.audio(waveforms, update)
 
     def count_rows(self, batches: list[Batch]) -> tuple[int, int]:
         """Write down the files that could not be read; (unreadable rows, rows) of this rank since the start."""

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from pretrain.config import ConfigError, RunConfig, typed
+from pretrain.data.augment.augmenter import Augmenter, open_augmenter
+from pretrain.data.augment.options import AugmentError
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.utterance_targets import write_dictionary
-from pretrain.method import Method, load_method
+from pretrain.method import Collator, Method, load_method
 from pretrain.training import checkpoint
 from pretrain.training.distributed import join_world, share_cores
 from pretrain.training.engine import Engine
@@ -41,14 +43,15 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     method_class, method_config, corpus = open_run(config)
     resolved = {**asdict(config), "method": asdict(method_config)}
     collator = method_class.collator(method_config)
-    reader = planned_reader(config, corpus.train, collator, corpus.mix)
+    augmenter = open_augmentation(config, corpus, collator)
+    reader = planned_reader(config, corpus.train, collator, corpus.mix, augmenter)
 
     if world.is_main:
         resources.enter_context(checkpoint.run_lock(config.run_dir))
     torch.manual_seed(config.seed)
     method = method_class(method_config)
     found, notes = checkpoint.find_resumable(config.run_dir, world)
-    identity = _identity(resolved, corpus)
+    identity = _identity(resolved, corpus, augmenter)
     if found is None:
         state = checkpoint.RunState(0, 0, 0, [0.0], 1.0, identity)
         notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
@@ -124,11 +127,30 @@ def changed_options(before: dict[str, Any], after: dict[str, Any], prefix: str =
     return lines
 
 
-def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+def open_augmentation(config: RunConfig, corpus: Corpus, collator: Collator) -> Augmenter | None:
+    """What alters the training waveforms, None for recipes without it; adds a sentence to `corpus.facts`.
+
+    Raises AugmentError where files that a stage needs are missing, or where the method reads no audio.
+    """
+    data = config.data
+    augmenter = open_augmenter(config.augment, data.noise, data.rirs, corpus.train.manifest)
+    if augmenter is not None and not collator.reads_audio:
+        raise AugmentError("augment: this recipe trains on labels alone and reads no audio; leave the block out")
+    if augmenter is not None:
+        corpus.facts.append(augmenter.sentence())
+    for name, path, stage in (("noise", data.noise, "noise"), ("rirs", data.rirs, "reverberation")):
+        if path is not None and stage not in config.augment.stages():
+            corpus.facts.append(f"data.{name} is given, but augment.{stage} is null, so nothing is taken from it")
+    return augmenter
+
+
+def _identity(resolved: dict[str, Any], corpus: Corpus, augmenter: Augmenter | None) -> dict[str, Any]:
     """What may not change between two starts of one run; see `checkpoint.check_identity`."""
     # Options that runs begun before they existed lack count only where they are used.
     batch, crop = ({k: v for k, v in resolved[name].items() if v not in (None, False)} for name in ("batch", "crop"))
-    return {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"]} | corpus.identity()
+    augment = None if augmenter is None else augmenter.identity()
+    own = {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"], "augment": augment}
+    return own | corpus.identity()
 
 
 def _keep_kmeans(source: Path | None, target: Path) -> None:

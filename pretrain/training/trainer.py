@@ -67,6 +67,7 @@ class Trainer:
             stack.enter_context(self.log.opened(self.state.update))
             method = self.engine.method
             self.log.opening(method, method.encoder, self.reader.plan, self.state.update)
+            self.log.audio(self.reader, self.state.step, self.state.update)
             profiler = None
             if self.config.trainer.profile:
                 profiler = stack.enter_context(UpdateProfiler(self.config.run_dir, self.world.rank, self.world.device))
@@ -218,6 +219,7 @@ class Trainer:
         assert self.validation is not None
         values, figures = self.validation.run(self.engine)
         self.log.validation(values, figures, self.state.update)
+        self.log.audio(self.reader, self.state.step, self.state.update)
         self.throughput.restart()
         return checkpoint.note_best(self.state, self.config.trainer, values)
 

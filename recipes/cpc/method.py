@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, nearest
 from pretrain.losses.contrastive import contrastive_loss
-from pretrain.method import Batch, Example, Method, Ratio, StepOutput
+from pretrain.method import Batch, CollatorDefaults, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import linear
 from pretrain.objectives.collate import stack_waveforms
 from recipes.cpc.encoder import CpcEncoder, CpcEncoderConfig
@@ -68,7 +68,7 @@ class CpcConfig:
 
 
 @dataclass(frozen=True)
-class CpcCollator:
+class CpcCollator(CollatorDefaults):
     """Draws the negatives of a batch; see `CpcMethod` for what it puts into `extras`."""
 
     encoder: CpcEncoderConfig

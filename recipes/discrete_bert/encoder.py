@@ -94,7 +94,6 @@ class DiscreteBertEncoder(StackEncoder):
         self.hidden_sizes = [dim] * (config.encoder_layers + 1)
         self.downsample_rates = [tokenizer.stride_samples] * (config.encoder_layers + 1)
 
-
     def forward(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """(B, T) float32 and (B,) samples, or None where nothing is padded, to hidden states and token counts.
 

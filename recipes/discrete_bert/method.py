@@ -20,7 +20,18 @@ from pretrain.data.labels import LabelError
 from pretrain.labelling.tokens.dictionary import TokenDictionary
 from pretrain.labelling.tokens.tokenizer import build_tokenizer, load_tokenizer, tokenizer_of
 from pretrain.losses.masked_prediction import class_histogram, prediction_loss
-from pretrain.method import Batch, Counts, Example, LabelSource, Method, Ratio, StepOutput, TargetInfo, TargetSpec
+from pretrain.method import (
+    Batch,
+    CollatorDefaults,
+    Counts,
+    Example,
+    LabelSource,
+    Method,
+    Ratio,
+    StepOutput,
+    TargetInfo,
+    TargetSpec,
+)
 from pretrain.models.kernels import LayerNorm, Linear, linear
 from pretrain.objectives.collate import Stacked, silent_waveforms
 from recipes.discrete_bert.encoder import (
@@ -66,7 +77,7 @@ class DiscreteBertConfig:
 
 
 @dataclass(frozen=True)
-class DiscreteBertCollator:
+class DiscreteBertCollator(CollatorDefaults):
     """Cuts the tokens of a batch and masks them; see `DiscreteBertMethod` for what it puts into `extras`."""
 
     stride_samples: int
