@@ -34,6 +34,7 @@ from pretrain.config.encoders import (
     MAY_BE_ZERO,
     check_bounds,
     encoder_config,
+    upgraded,
 )
 from pretrain.config.strict import (
     ConfigError,
@@ -42,6 +43,7 @@ from pretrain.config.strict import (
     nested_class,
     typed,
     typed_values,
+    variant,
 )
 
 __all__ = [
@@ -73,4 +75,6 @@ __all__ = [
     "save_yaml",
     "typed",
     "typed_values",
+    "upgraded",
+    "variant",
 ]

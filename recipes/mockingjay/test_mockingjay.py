@@ -35,7 +35,7 @@ from recipes.mockingjay.reference_steps import REFERENCE_STEPS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"]
-FRONT_END = {"kind": "log_mel", "window": None, "low_hz": None, "deltas": 0, "level_db": -25.0, "frame_step": 1}
+FRONT_END = {"kind": "log_mel", "frame_step": 1, "normalization": {"kind": "utterance"}, "level_db": -25.0}
 
 
 class Official:
@@ -49,7 +49,7 @@ class Official:
 
     def _method(self) -> MockingjayMethod:
         task, bands = self.facts["task"], self.tensors["in.spec"].shape[2]
-        audio = interop.audio_config(FRONT_END | {"bins": bands, "cmvn": True}, None)
+        audio = interop.audio_config(FRONT_END | {"bins": bands}, None)
         state = group(self.tensors, "state")
         checkpoint = {name: group(state, name) for name in ("Transformer", "SpecHead")}
         checkpoint |= {"Config": {}, "Upstream_Config": {"transformer": self.facts["config"], "audio": audio}}
@@ -180,11 +180,9 @@ AXES = {
     "frequency": ("method.alteration.mask_proportion=0", "method.alteration.mask_frequency=0.2"),
     "magnitude": ("method.alteration.mask_proportion=0", "method.alteration.noise_proportion=0.5"),
     "all": TERA_ALL,
-    "linear target": (
-        "method.target={kind:log_linear,bins:201,window:null,low_hz:null,deltas:0,level_db:-25.0,frame_step:1,cmvn:true}",
-    ),
+    "linear target": ("method.target={kind:log_linear,level_db:-25.0,frame_step:1,normalization:{kind:utterance}}",),
     "filter banks": (
-        "method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}",
+        "+method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}",
         *TERA_ALL,
     ),
 }
@@ -317,8 +315,8 @@ def test_band_errors_are_means_over_the_marked_elements() -> None:
         ((*AXES["linear target"], "method.alteration.mask_frequency=0.2"), "hidden bands of 80 name none"),
         (
             (
-                "method.target={kind:fbank,bins:80,window:povey,low_hz:20.0,deltas:0,level_db:null,frame_step:1,"
-                "cmvn:true}",
+                "method.target={kind:fbank,bins:80,window:povey,low_hz:20.0,deltas:0,frame_step:1,"
+                "normalization:{kind:utterance}}",
             ),
             "other frames than",
         ),
