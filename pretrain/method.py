@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -93,11 +93,19 @@ class Collator(Protocol):
     def __call__(self, examples: list[Example]) -> Batch: ...
 
 
+# What the health monitor must know of a metric: the variance of a teacher's targets, or of the network's own features.
+Role = Literal["target_variance", "feature_variance"]
+
+
 class Ratio(NamedTuple):
-    """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something."""
+    """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something.
+
+    `role` says what it means to the health monitor, where it has a meaning beyond its name.
+    """
 
     total: Tensor
     weight: Tensor | float
+    role: Role | None = None
 
 
 class Counts(NamedTuple):

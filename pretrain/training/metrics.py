@@ -17,25 +17,31 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pretrain.method import Counts, Ratio
+from pretrain.method import Counts, Ratio, Role
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
 
 
 class Accumulator:
-    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one."""
+    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one.
+
+    `roles` has the roles of the metrics that state one, by name.
+    """
 
     def __init__(self) -> None:
         self._committed: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._kinds: dict[str, type] = {}
+        self.roles: dict[str, Role] = {}
 
     def add(self, metrics: dict[str, Ratio | Counts]) -> None:
         """Add one micro-batch; nothing leaves the device."""
         for name, value in metrics.items():
             self._kinds[name] = type(value)
             if isinstance(value, Ratio):
+                if value.role is not None:
+                    self.roles[name] = value.role
                 weight = torch.as_tensor(value.weight, dtype=torch.float64)
                 total = value.total.detach().double()
                 value_sum = torch.stack([total, weight.to(total.device, non_blocking=True)])
