@@ -152,7 +152,9 @@ class ApcMethod(Method):
         return Prediction(hidden, self.postnet(chosen.vectors), chosen.codes)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_copy_last` and `error_mean` are what the present frame, and the utterance's mean, would give."""
+        """`error` is that of the frame ahead; `error_of_copy` and `error_of_mean` are what the present frame, and the
+        utterance's mean, would give.
+        """
         shift, units = self.config.time_shift, batch.sample_size
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         present, target = features[:, :-shift], features[:, shift:]
@@ -162,9 +164,10 @@ class ApcMethod(Method):
         dim = target.shape[2]
         loss = l1_sum(prediction.frames, target, valid) / dim
         metrics: dict[str, Ratio | Counts] = {
-            "error_copy_last": Ratio(l1_sum(present, target, valid) / dim, units),
+            "error": Ratio(loss.detach(), units),
+            "error_of_copy": Ratio(l1_sum(present, target, valid) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
-            "error_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
+            "error_of_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
         }
         if prediction.codes is not None:
             counts = self.encoder.quantizer.counts(prediction.codes, None if valid is None else valid.squeeze(2))

@@ -156,7 +156,9 @@ class Decoar2Method(Method):
         return self.reconstruction(quantized.vectors), quantized
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_copy_last` and `error_mean` are what the last visible frame, and the utterance's mean, would give."""
+        """`error` is that of the hidden frames; `error_of_copy` and `error_of_mean` are what the last visible frame, and
+        the utterance's mean, would give.
+        """
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         predictions, quantized = self.predict(features, frame_lengths, batch)
         frames, units = features.flatten(0, 1), batch.sample_size
@@ -172,9 +174,10 @@ class Decoar2Method(Method):
             "loss": Ratio(loss.detach(), units),
             "loss_reconstruction": Ratio(reconstruction.detach(), units),
             "loss_diversity": Ratio(diversity.detach(), units),
-            "error_copy_last": Ratio(l1_sum(copied, truth) / dim, units),
+            "error": Ratio(reconstruction.detach(), units),
+            "error_of_copy": Ratio(l1_sum(copied, truth) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
-            "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth) / dim, units),
+            "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth) / dim, units),
             "prob_perplexity": Ratio(quantized.prob_perplexity.detach(), 1.0),
             "temperature": Ratio(loss.detach().new_full((), self.quantizer.temperature), 1.0),
         }

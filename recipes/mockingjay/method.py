@@ -116,8 +116,8 @@ class MockingjayMethod(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """Losses per scored element, and on the same elements those of predictors that look at nothing.
 
-        `loss_mean_predictor` says 0, the mean of normalised features. Frames hidden whole are also counted alone, as
-        `loss_frames`, beside `loss_frames_copy_last`, which repeats the last visible frame; the rest is `loss_bands`.
+        `error_of_mean` says 0, the mean of normalised features. Frames hidden whole are also counted alone, as
+        `error_frames`, beside `error_frames_of_copy`, which repeats the last visible frame; the rest is `error_bands`.
         """
         features, targets, frame_lengths = self.features(batch)
         altered = alter(features, batch.extras, self.config.alteration)
@@ -138,10 +138,10 @@ class MockingjayMethod(Method):
         truth = targets.flatten(0, 1).index_select(0, positions)
         elements = scored_elements(batch.extras, self.target_dim) if self._scores_bands else None
         loss = l1_sum(predictions, truth, elements)
-        metrics = {"loss": Ratio(loss.detach(), batch.sample_size)}
+        metrics = {name: Ratio(loss.detach(), batch.sample_size) for name in ("loss", "error")}
         with torch.no_grad():
             mean = l1_sum(torch.zeros_like(truth), truth, elements)
-            metrics["loss_mean_predictor"] = Ratio(mean, batch.sample_size)
+            metrics["error_of_mean"] = Ratio(mean, batch.sample_size)
             if self.config.alteration.mask_proportion > 0:
                 metrics |= self._by_axis(predictions, truth, targets, loss, batch)
         return StepOutput(loss, metrics)
@@ -155,11 +155,11 @@ class MockingjayMethod(Method):
         count = whole.sum() * self.target_dim
         frames = l1_sum(predictions, truth, whole)
         metrics = {
-            "loss_frames": Ratio(frames, count),
-            "loss_frames_copy_last": Ratio(l1_sum(copied, truth, whole), count),
+            "error_frames": Ratio(frames, count),
+            "error_frames_of_copy": Ratio(l1_sum(copied, truth, whole), count),
         }
         if self._scores_bands:
-            metrics["loss_bands"] = Ratio(loss.detach() - frames, batch.sample_size - count)
+            metrics["error_bands"] = Ratio(loss.detach() - frames, batch.sample_size - count)
         return metrics
 
     @property

@@ -97,7 +97,7 @@ def test_the_loss_is_s3prls(official: Official, output: StepOutput) -> None:
     assert official.batch().sample_size == official.scalars["masked_elements"]
     assert value(output, "loss") == pytest.approx(official.scalars["loss"], rel=1e-5)
     label = official.tensors["in.mask_label"].bool()
-    assert value(output, "loss_mean_predictor") == pytest.approx(
+    assert value(output, "error_of_mean") == pytest.approx(
         official.tensors["in.spec_target"][label].abs().mean().item(), rel=1e-5
     )
 
@@ -203,7 +203,7 @@ def test_a_step_scores_what_was_altered_and_padding_never(axes: str) -> None:
     assert 0 < batch.sample_size <= (frames + real) * method.target_dim
     assert value(output, "loss") == pytest.approx(output.loss.item() / batch.sample_size)
     if axes == "all":
-        parts = output.metrics["loss_frames"].total + output.metrics["loss_bands"].total
+        parts = output.metrics["error_frames"].total + output.metrics["error_bands"].total
         assert parts.item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
@@ -355,5 +355,5 @@ def test_it_learns(recipe: str, updates: int, margin: float, tmp_path: Path) -> 
     last = train_recipe(recipe, tmp_path, *shorter)
     # Of the same hidden elements: normalised features have mean 0, and of the frames hidden whole the one before the
     # span is the best neighbour.
-    assert last["validation/loss"] < last["validation/loss_mean_predictor"] - margin
-    assert last["validation/loss_frames"] < last["validation/loss_frames_copy_last"] - 0.05
+    assert last["validation/loss"] < last["validation/error_of_mean"] - margin
+    assert last["validation/error_frames"] < last["validation/error_frames_of_copy"] - 0.05

@@ -118,7 +118,7 @@ class MpcMethod(Method):
         return self.final_layer(hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"]))
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error`, `error_copy_last` and `error_mean` are per hidden element: of the prediction, of the last visible
+        """`error`, `error_of_copy` and `error_of_mean` are per hidden element: of the prediction, of the last visible
         frame, and of the utterance's mean.
         """
         features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
@@ -131,9 +131,9 @@ class MpcMethod(Method):
             {
                 "loss": Ratio(loss.detach(), batch.sample_size),
                 "error": Ratio(loss.detach(), elements),
-                "error_copy_last": Ratio(l1_sum(copied, truth), elements),
+                "error_of_copy": Ratio(l1_sum(copied, truth), elements),
                 # Features have zero mean per utterance, so the mean predictor says zero.
-                "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth), elements),
+                "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth), elements),
             },
         )
 
