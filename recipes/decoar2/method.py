@@ -156,8 +156,8 @@ class Decoar2Method(Method):
         return self.reconstruction(quantized.vectors), quantized
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error` is that of the hidden frames; `error_of_copy` and `error_of_mean` are what the last visible frame, and
-        the utterance's mean, would give.
+        """`error` is that of the hidden frames; `error_of_copy` and `error_of_mean` are what the last visible frame,
+        and the utterance's mean, would give.
         """
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         predictions, quantized = self.predict(features, frame_lengths, batch)
