@@ -135,9 +135,9 @@ class Progress:
     total_updates: int
     seed: int
 
-    def rng(self, purpose: int = 0) -> np.random.Generator:
+    def rng(self) -> np.random.Generator:
         """A generator that is the same on every rank and after every restart of this update."""
-        return np.random.default_rng([self.seed, self.update, purpose])
+        return np.random.default_rng([self.seed, self.update, 0])
 
 
 @dataclass(frozen=True)

@@ -143,16 +143,11 @@ class Decoar2Method(Method):
         """(B, F, dim) features with the mask vector in place of the frames where `mask` (B, F) is True."""
         return torch.where(mask.unsqueeze(2), self.mask_emb.to(features.dtype), features)
 
-    def predict(
-        self, features: Tensor, frame_lengths: Tensor | None, batch: Batch, noise: Tensor | None = None
-    ) -> tuple[Tensor, Quantized]:
-        """What the hidden frames of (B, F, dim) features are thought to be, (N, dim), and the codes behind that.
-
-        `noise` (N, G, V) takes the place of the quantizer's.
-        """
+    def predict(self, features: Tensor, frame_lengths: Tensor | None, batch: Batch) -> tuple[Tensor, Quantized]:
+        """What the hidden frames of (B, F, dim) features are thought to be, (N, dim), and the codes behind that."""
         hidden = self.encoder.context(self.hide(features, batch.extras["mask"]), frame_lengths)[-1]
         masked = hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"])
-        quantized = self.quantizer(masked, noise)
+        quantized = self.quantizer(masked)
         return self.reconstruction(quantized.vectors), quantized
 
     def forward(self, batch: Batch) -> StepOutput:
