@@ -26,6 +26,7 @@ from pretrain.config.compose import (
     ROOT,
     check_overrides,
     compose_recipe,
+    recipe_method_block,
     recipe_names,
 )
 from pretrain.config.encoders import (
@@ -70,6 +71,7 @@ __all__ = [
     "nearest",
     "nested_class",
     "parse_cli",
+    "recipe_method_block",
     "recipe_names",
     "run_config",
     "save_yaml",
