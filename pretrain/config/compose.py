@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from pretrain.config.blocks import RunConfig
-from pretrain.config.strict import ConfigError, nearest, nested_class
+from pretrain.config.strict import ConfigError, nearest, nested_class, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF_DIR = ROOT / "conf"
@@ -88,7 +88,8 @@ def _as_hydra_takes(argument: str, pairs: dict[str, str], in_yaml: frozenset[str
     if name in groups or name.startswith("hydra."):
         return argument
     if name in in_yaml:
-        return f"{name}={value}"
+        # A block may get fields that stand in no YAML, those of another kind; its keys are checked when it is typed.
+        return f"++{name}={value}" if value.startswith("{") else f"{name}={value}"
     if not name.startswith("deepspeed."):
         known = in_yaml | _typed_keys(pairs["recipe"], pairs.get("method.name"), pairs.get("schedule.name"))
         if name not in known:
@@ -115,6 +116,11 @@ def _typed_keys(recipe: str, method_name: str | None, schedule_name: str | None)
 
 
 def _fields(cls: type, prefix: str) -> set[str]:
+    """The fields of `cls`, or of all its variants, and of the dataclasses in them."""
+    return set().union(*(_own_fields(one, prefix) for one in variants(cls).values()))
+
+
+def _own_fields(cls: type, prefix: str) -> set[str]:
     keys = set()
     hints = get_type_hints(cls)
     for field in fields(cls):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -47,8 +48,16 @@ def _from_omegaconf(read: Callable[[Any], Any], cls: type, values: dict[str, Any
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {values!r} is not a mapping of options to values; state {cls.__name__}'s fields")
     check_keys(cls, values, where)
+    values = _literal(values)
+    with _named_errors(values, where):
+        return read(_merged(cls, values, where))
+
+
+@contextmanager
+def _named_errors(values: dict[str, Any], where: str) -> Iterator[None]:
+    """OmegaConf's errors about the block `values` at `where` as ConfigErrors that name the field."""
     try:
-        return read(_merged(cls, _literal(values), where))
+        yield
     except MissingMandatoryValue as error:
         key = f"{where}.{error.full_key}" if where else error.full_key
         raise ConfigError(f"{key}: missing; state it in the recipe or on the command line") from None
@@ -69,7 +78,13 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> DictConfig:
         nested = nested_class(hints[name])
         if nested is not None and isinstance(value, dict):
             values = values | {name: _merged(nested, value, f"{where}.{name}" if where else name)}
-    return OmegaConf.merge(OmegaConf.structured(cls), values)
+    with _named_errors(values, where):
+        return OmegaConf.merge(OmegaConf.structured(cls), values)
+
+
+def variants(cls: type) -> dict[str, type]:
+    """The dataclasses that `cls` stands for, by kind; a dataclass without `VARIANTS` stands for itself alone."""
+    return getattr(cls, "VARIANTS", None) or {"": cls}
 
 
 def variant(cls: type, values: dict[str, Any], where: str) -> tuple[type, dict[str, Any]]:
@@ -79,16 +94,16 @@ def variant(cls: type, values: dict[str, Any], where: str) -> tuple[type, dict[s
     for a field that this one lacks counts as absent, so that a recipe can take another kind than the one it starts
     from. Raises ConfigError for an unknown kind. Any other dataclass stands for itself.
     """
-    variants: dict[str, type] | None = getattr(cls, "VARIANTS", None)
-    if not variants:
+    classes = variants(cls)
+    if classes == {"": cls}:
         return cls, values
     key, kind = f"{where}.kind" if where else "kind", values.get("kind")
     if kind is None:
-        raise ConfigError(f"{key}: missing; state one of {', '.join(variants)}")
-    if kind not in variants:
-        raise ConfigError(f"{key}: unknown kind '{kind}'; {nearest(str(kind), list(variants))}")
-    own = {f.name for f in fields(variants[kind])}
-    return variants[kind], {name: value for name, value in values.items() if value is not None or name in own}
+        raise ConfigError(f"{key}: missing; state one of {', '.join(classes)}")
+    if kind not in classes:
+        raise ConfigError(f"{key}: unknown kind '{kind}'; {nearest(str(kind), list(classes))}")
+    own = {f.name for f in fields(classes[kind])}
+    return classes[kind], {name: value for name, value in values.items() if value is not None or name in own}
 
 
 def _value_at(values: Any, key: str) -> Any:

@@ -18,7 +18,7 @@ def small(quantizer: str = "kmeans", max_positions: int = 256, known: int = PAIR
     method = build(
         "discrete_bert_tiny",
         f"method.encoder.tokenizer.encoder.quantizer.kind={quantizer}",
-        *(["+method.encoder.tokenizer.encoder.quantizer.vq_depth=1"] if quantizer == "gumbel" else []),
+        *(["method.encoder.tokenizer.encoder.quantizer={vq_depth:1}"] if quantizer == "gumbel" else []),
         f"method.encoder.vocab_size={known + 5}",
         f"method.encoder.max_positions={max_positions}",
     )

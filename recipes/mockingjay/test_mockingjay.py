@@ -182,7 +182,7 @@ AXES = {
     "all": TERA_ALL,
     "linear target": ("method.target={kind:log_linear,level_db:-25.0,frame_step:1,normalization:{kind:utterance}}",),
     "filter banks": (
-        "+method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}",
+        "method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}",
         *TERA_ALL,
     ),
 }

@@ -400,7 +400,7 @@ def test_kmeans_learns_from_entries_as_large_as_the_frames(tmp_path: Path) -> No
         tmp_path,
         *(f"method.encoder.{option}" for option in options),
         "method.quantizer_training={kind:kmeans,vq_temp:null,diversity_loss_weight:null}",
-        "+method.quantizer_training={vq_gamma:0.25,kmeans_loss_weight:1.0,kmeans_init_std:1.0}",
+        "method.quantizer_training={vq_gamma:0.25,kmeans_loss_weight:1.0,kmeans_init_std:1.0}",
         "optimizer.lr=3e-3",
     )
     assert_learned(last)
