@@ -22,6 +22,7 @@ from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import frames_at
 from recipes.apc.encoder import ApcEncoder, ApcEncoderConfig
 
 
@@ -188,7 +189,7 @@ class ApcMethod(Method):
             return hidden.sum() * 0.0
         reach = torch.arange(past.length + shift, device=features.device) - past.offset
         segments = features[rows.unsqueeze(1), frames.unsqueeze(1) + reach]
-        anchors = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + frames)
+        anchors = frames_at(hidden, rows * hidden.shape[1] + frames)
         targets = segments[:, shift:]
         return l1_sum(self.past(segments[:, : past.length], anchors), targets) / targets.numel()
 

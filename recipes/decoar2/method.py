@@ -22,7 +22,7 @@ from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, Ste
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
-from pretrain.objectives.masking import last_visible, separate_span_mask
+from pretrain.objectives.masking import frames_at, last_visible, separate_span_mask
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 
@@ -146,7 +146,7 @@ class Decoar2Method(Method):
     def predict(self, features: Tensor, frame_lengths: Tensor | None, batch: Batch) -> tuple[Tensor, Quantized]:
         """What the hidden frames of (B, F, dim) features are thought to be, (N, dim), and the codes behind that."""
         hidden = self.encoder.context(self.hide(features, batch.extras["mask"]), frame_lengths)[-1]
-        masked = hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"])
+        masked = frames_at(hidden, batch.extras["masked_positions"])
         quantized = self.quantizer(masked)
         return self.reconstruction(quantized.vectors), quantized
 
@@ -194,11 +194,11 @@ class Decoar2Method(Method):
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         positions = batch.extras["masked_positions"]
         predictions, _ = self.predict(features, frame_lengths, batch)
-        truth = features.flatten(0, 1).index_select(0, positions)
+        truth = frames_at(features, positions)
         filled = features.flatten(0, 1).index_copy(0, positions, predictions.to(features.dtype)).view_as(features)
         frames = features.shape[1] if frame_lengths is None else int(frame_lengths[0])
         panels = {"true": features, "heard": self.hide(features, batch.extras["mask"]), "filled in": filled}
-        copied = features.flatten(0, 1).index_select(0, batch.extras["copied_positions"])
+        copied = frames_at(features, batch.extras["copied_positions"])
         guesses = {"prediction": predictions, "mean": torch.zeros_like(truth), "last visible frame": copied}
         return {
             "spectrograms": spectrogram_figure(

@@ -20,6 +20,7 @@ from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import LayerNorm, Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import frames_at
 from recipes.mockingjay.alterations import (
     AlterationConfig,
     alter,
@@ -134,8 +135,8 @@ class MockingjayMethod(Method):
         """The loss of given altered features (B, F, D) and targets (B, F, E)."""
         positions = batch.extras["scored_positions"]
         hidden = self.encoder.context(altered, frame_lengths)[-1]
-        predictions = self.spec_head(hidden.flatten(0, 1).index_select(0, positions))
-        truth = targets.flatten(0, 1).index_select(0, positions)
+        predictions = self.spec_head(frames_at(hidden, positions))
+        truth = frames_at(targets, positions)
         elements = scored_elements(batch.extras, self.target_dim) if self._scores_bands else None
         loss = l1_sum(predictions, truth, elements)
         metrics = {name: Ratio(loss.detach(), batch.sample_size) for name in ("loss", "error")}
@@ -151,7 +152,7 @@ class MockingjayMethod(Method):
     ) -> dict[str, Ratio]:
         extras = batch.extras
         whole = extras["mask"].flatten().index_select(0, extras["scored_positions"]).unsqueeze(1)
-        copied = targets.flatten(0, 1).index_select(0, extras["copied_positions"])
+        copied = frames_at(targets, extras["copied_positions"])
         count = whole.sum() * self.target_dim
         frames = l1_sum(predictions, truth, whole)
         metrics = {
@@ -180,12 +181,12 @@ class MockingjayMethod(Method):
         altered = alter(features, batch.extras, self.config.alteration)
         predictions = self.spec_head(self.encoder.context(altered, frame_lengths)[-1])
         positions = batch.extras["scored_positions"]
-        truth = targets.flatten(0, 1).index_select(0, positions)
+        truth = frames_at(targets, positions)
         elements = scored_elements(batch.extras, self.target_dim)
         guesses = {
-            "prediction": predictions.flatten(0, 1).index_select(0, positions),
+            "prediction": frames_at(predictions, positions),
             "mean": torch.zeros_like(truth),
-            "last visible frame": targets.flatten(0, 1).index_select(0, batch.extras["copied_positions"]),
+            "last visible frame": frames_at(targets, batch.extras["copied_positions"]),
         }
         if self._scores_bands:
             del guesses["last visible frame"]  # in frames that are not hidden it would copy what is to be predicted
