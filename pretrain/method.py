@@ -112,11 +112,19 @@ class CollatorDefaults:
     crops_per_example = 1
 
 
+# What the health monitor must know of a metric: the variance of a teacher's targets, or of the network's own features.
+Role = Literal["target_variance", "feature_variance"]
+
+
 class Ratio(NamedTuple):
-    """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something."""
+    """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something.
+
+    `role` says what it means to the health monitor, where it has a meaning beyond its name.
+    """
 
     total: Tensor
     weight: Tensor | float
+    role: Role | None = None
 
     @classmethod
     def of_mean(cls, mean: Tensor, weight: float) -> Ratio:
@@ -188,9 +196,9 @@ class Progress:
     total_updates: int
     seed: int
 
-    def rng(self, purpose: int = 0) -> np.random.Generator:
+    def rng(self) -> np.random.Generator:
         """A generator that is the same on every rank and after every restart of this update."""
-        return np.random.default_rng([self.seed, self.update, purpose])
+        return np.random.default_rng([self.seed, self.update, 0])
 
 
 @dataclass(frozen=True)

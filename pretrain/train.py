@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pretrain.config import CONF_DIR, ConfigError, check_overrides, run_config
+from pretrain.config import CONF_DIR, check_overrides, run_config
 from pretrain.errors import UserError
 
 
@@ -45,7 +45,7 @@ def main(values: DictConfig) -> None:
 if __name__ == "__main__":
     if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
         try:
-            check_overrides(sys.argv[1:])
-        except ConfigError as wrong:
+            sys.argv[1:] = check_overrides(sys.argv[1:])
+        except UserError as wrong:
             sys.exit(f"error: {wrong}")
     main()

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pretrain.config import CONF_DIR, nearest, recipe_names
+from pretrain.config import nearest, recipe_method_block, recipe_names
 from pretrain.method import Encoder, load_method, method_names
 from pretrain.weights.interop.types import InteropError
 from pretrain.weights.read import load_strictly, read_weights
@@ -162,7 +161,7 @@ def _build(method_name: str, config: dict[str, Any], extra_conf: dict[str, Any] 
 def _method_of(name: str) -> str:
     """The method of a recipe or method name; raises InteropError, with the nearest names, for any other."""
     if name in recipe_names():
-        return _recipe_method_block(name)["name"]
+        return recipe_method_block(name)["name"]
     if name in method_names():
         return name
     raise InteropError(f"name: no recipe or method '{name}'; {nearest(name, [*recipe_names(), *method_names()])}")
@@ -181,22 +180,4 @@ def _untrained(name: str | None, randomize: bool) -> tuple[str, dict[str, Any]]:
         )
     if name not in recipe_names():
         raise InteropError(f"name: '{name}' is no recipe, so its size is unknown; {nearest(name, recipe_names())}")
-    return method_name, _recipe_method_block(name)["encoder"]
-
-
-def _recipe_method_block(recipe: str) -> dict[str, Any]:
-    """The recipe's `method` block, inherited fields included; read as plain YAML, so that Hydra is not needed here."""
-    values = yaml.safe_load((CONF_DIR / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    block: dict[str, Any] = {}
-    for parent in values.get("defaults", []):
-        if isinstance(parent, str) and parent in recipe_names():
-            block = _merged(block, _recipe_method_block(parent))
-    return _merged(block, values.get("method", {}))
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+    return method_name, recipe_method_block(name)["encoder"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from pretrain.config import (
     check_overrides,
     compose_recipe,
     parse_cli,
+    recipe_method_block,
     recipe_names,
     run_config,
     save_yaml,
 )
 from pretrain.data.folders import resolve_data_dir
+from pretrain.training.schedule import build_schedule
 
-TINY = compose_recipe("hubert_tiny")
+composed = cache(compose_recipe)
+TINY = composed("hubert_tiny")
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
@@ -35,7 +39,8 @@ def tiny(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_a_complete_configuration(recipe: str) -> None:
-    config = run_config(compose_recipe(recipe, ["data.dir=somewhere"]))
+    values = composed(recipe)
+    config = run_config(values | {"data": values["data"] | {"dir": "somewhere"}})
     assert config.recipe == recipe
     assert config.run_dir == Path("outputs") / recipe
     assert config.batch.seconds_per_micro_batch >= config.crop.max_seconds
@@ -64,6 +69,10 @@ def test_overrides_reach_the_configuration() -> None:
         (["recipe=hubert_tiny", "optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),
         (["recipe=hubert_tiny", "+optimizer.lrr=1"], r"optimizer\.lrr: no such option; did you mean optimizer\.lr"),
         (["recipe=hubert_tiny", "++optimizer.lrr=1"], r"optimizer\.lrr: no such option"),
+        (
+            ["recipe=hubert_tiny", "method.encoder.layer_tipe=x"],
+            r"layer_tipe: no such option; did you mean method\.enc.*layer_type",
+        ),
         (["recipe=hubert_tiny", "method.mask_lenght=5"], r"did you mean method\.mask_length"),
         (["recipe=hubert_tiny", "batchsize=5"], r"batchsize: no such option; did you mean batch"),
     ],
@@ -75,8 +84,51 @@ def test_wrong_arguments_are_refused_with_the_nearest_names(arguments: list[str]
 
 def test_right_arguments_pass() -> None:
     arguments = ["recipe=hubert_tiny", "data=custom", "data.dir=/x", "name=a=b", "hydra.verbose=true", "--cfg", "job"]
-    more = ["deepspeed.zero_optimization.overlap_comm=true", "~data.labels", "trainer.profile=true"]
-    assert check_overrides([*arguments, *more]) is None
+    more = ["~data.labels", "trainer.profile=true"]
+    assert check_overrides([*arguments, *more]) == [*arguments, *more]
+    assert check_overrides([arguments[0], "+seed=1", "++seed=2"]) == [arguments[0], "seed=1", "seed=2"]
+    zero = "deepspeed.zero_optimization.overlap_comm=true"
+    assert check_overrides([arguments[0], zero])[1:] == [f"++{zero}"]
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize(
+    ("recipe", "option", "value"),
+    [
+        ("hubert_tiny", "method.encoder.layer_type", "conformer"),
+        ("apc_tiny", "method.encoder.quantizer.temperature", 0.5),  # the recipe's quantizer is null
+        ("hubert_tiny", "schedule.end_factor", 0.25),
+        ("hubert_tiny", "schedule.power", 2),
+        ("hubert_tiny", "deepspeed.zero_optimization.overlap_comm", True),
+    ],
+)
+def test_an_option_with_a_default_in_a_dataclass_can_be_set(
+    recipe: str, option: str, value: object, prefix: str
+) -> None:
+    values = compose_recipe(recipe, [f"{prefix}{option}={value}"])
+    assert reduce(lambda block, name: block[name], option.split("."), values) == value
+
+
+def test_options_of_a_schedule_that_the_command_line_chooses() -> None:
+    options = ["schedule.name=polynomial", "schedule.power=2", "schedule.end_factor=0.5"]
+    schedule = build_schedule(compose_recipe("hubert_tiny", options)["schedule"])
+    # 0.5 + 0.5 (1 - 1/2) ** 2, half way from the end of the warm-up to the end.
+    half_way = (schedule.warmup_updates + schedule.total_updates) // 2
+    assert schedule.factor(half_way) == pytest.approx(0.625, abs=0.01)
+    with pytest.raises(ConfigError, match=r"schedule\.powr: no such option; did you mean schedule\.power"):
+        compose_recipe("hubert_tiny", ["schedule.name=polynomial", "schedule.powr=2"])
+    with pytest.raises(ConfigError, match=r"schedule\.hold_updates: no such option"):
+        compose_recipe("hubert_tiny", ["schedule.name=polynomial", "schedule.hold_updates=2"])
+    with pytest.raises(ConfigError, match=r"schedule\.name: unknown schedule 'cosin'; did you mean cosine"):
+        compose_recipe("hubert_tiny", ["schedule.name=cosin", "schedule.end_factor=2"])
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
+    ours, hydras = recipe_method_block(recipe), composed(recipe)["method"]
+    assert ours == hydras
+    # As text too: 1 and 1.0, 1e-4 and '1e-4' would pass for the same above, or not, by what YAML makes of them.
+    assert yaml.safe_dump(ours) == yaml.safe_dump(hydras)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,28 @@ from s3prl.upstream.baseline.preprocessor import get_preprocessor
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
+from pretrain.config import encoder_config, typed
 from pretrain.errors import UserError
-from pretrain.features.front_end import FrontEnd, FrontEndConfig
+from pretrain.features.front_end import (
+    FbankConfig,
+    FixedNormalizationConfig,
+    FrontEnd,
+    FrontEndConfig,
+    LogLinearConfig,
+    LogMelConfig,
+    NormalizationConfig,
+)
 
-LOG_MEL = FrontEndConfig("log_mel", 80, None, None, deltas=0, level_db=-25.0, frame_step=1, cmvn=True)
-LOG_LINEAR = FrontEndConfig("log_linear", 201, None, None, deltas=0, level_db=-25.0, frame_step=1, cmvn=True)
-FBANK_240 = FrontEndConfig("fbank", 80, "povey", 20.0, deltas=2, level_db=None, frame_step=1, cmvn=True)
-HAMMING = FrontEndConfig("fbank", 80, "hamming", 20.0, deltas=0, level_db=None, frame_step=1, cmvn=True)
-EVERY_SECOND = FrontEndConfig("fbank", 80, "hamming", 20.0, deltas=0, level_db=None, frame_step=2, cmvn=True)
-MPC = FrontEndConfig("fbank", 40, "povey", 60.0, deltas=0, level_db=None, frame_step=1, cmvn=False)
-ALL = {"mel": LOG_MEL, "linear": LOG_LINEAR, "240": FBANK_240, "hamming": HAMMING, "step": EVERY_SECOND, "mpc": MPC}
+UTTERANCE, NONE = NormalizationConfig("utterance"), NormalizationConfig("none")
+LOG_MEL = LogMelConfig("log_mel", 1, UTTERANCE, bins=80, level_db=-25.0)
+LOG_LINEAR = LogLinearConfig("log_linear", 1, UTTERANCE, level_db=-25.0)
+FBANK_240 = FbankConfig("fbank", 1, UTTERANCE, bins=80, window="povey", low_hz=20.0, deltas=2)
+HAMMING = FbankConfig("fbank", 1, UTTERANCE, bins=80, window="hamming", low_hz=20.0, deltas=0)
+EVERY_SECOND = FbankConfig("fbank", 2, UTTERANCE, bins=80, window="hamming", low_hz=20.0, deltas=0)
+MPC = FbankConfig("fbank", 1, NONE, bins=40, window="povey", low_hz=60.0, deltas=0)
+AST = replace(HAMMING, normalization=FixedNormalizationConfig("fixed", mean=[-4.2677393], deviation=[9.1379948]))
+ALL = {"mel": LOG_MEL, "linear": LOG_LINEAR, "240": FBANK_240, "hamming": HAMMING, "step": EVERY_SECOND}
+ALL |= {"mpc": MPC, "ast": AST}
 STFT = {"win_ms": 25, "hop_ms": 10, "n_freq": 201, "n_mels": 80, "n_mfcc": 13, "target_level": -25}
 
 
@@ -87,7 +100,7 @@ def test_s3prl_on_real_speech(shared_dir: Path) -> None:
 @pytest.mark.parametrize("window", ["povey", "hamming"])
 @pytest.mark.parametrize(("bins", "low_hz"), [(80, 20.0), (40, 60.0), (23, 0.0)])
 def test_the_batched_filter_banks_are_torchaudios(window: str, bins: int, low_hz: float) -> None:
-    config = FrontEndConfig("fbank", bins, window, low_hz, deltas=0, level_db=None, frame_step=1, cmvn=False)
+    config = FbankConfig("fbank", 1, NONE, bins=bins, window=window, low_hz=low_hz, deltas=0)
     waveforms = torch.stack([noise(9_000, seed) + 0.3 * seed for seed in range(3)])
     waveforms[1, 2_000:5_000] = 0.0  # digital silence reaches the floor
     batched, counts = FrontEnd(config)(waveforms, None)
@@ -146,18 +159,66 @@ def test_features_are_float32_under_autocast() -> None:
     torch.testing.assert_close(made[0], features(LOG_MEL, noise(8_000)), rtol=0, atol=0)
 
 
+def test_given_mean_and_deviation() -> None:
+    """One number for all dimensions, or one for each; the frames behind a padded row stay zero."""
+    raw = features(MPC, noise(16_000))
+    mean, deviation = [float(value) for value in range(40)], [1.0 + value for value in range(40)]
+    each = replace(MPC, normalization=FixedNormalizationConfig("fixed", mean, deviation))
+    torch.testing.assert_close(
+        features(each, noise(16_000)), (raw - torch.tensor(mean)) / torch.tensor(deviation), rtol=0, atol=1e-5
+    )
+    one = replace(MPC, normalization=FixedNormalizationConfig("fixed", [3.0], [2.0]))
+    torch.testing.assert_close(features(one, noise(16_000)), (raw - 3) / 2, rtol=0, atol=1e-5)
+
+
+@dataclass
+class Holder:
+    """A configuration with a front end, as encoders have."""
+
+    front_end: FrontEndConfig
+    target: FrontEndConfig | None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_kind_names_the_class(name: str) -> None:
+    config = Holder(ALL[name], None)
+    assert typed(Holder, asdict(config)) == config
+    assert encoder_config(Holder, asdict(Holder(LOG_MEL, ALL[name]))) == Holder(LOG_MEL, ALL[name])
+
+
+def test_null_takes_away_what_another_kind_has() -> None:
+    """So a recipe can take another kind than the recipe that it starts from."""
+    values = asdict(Holder(HAMMING, None))
+    values["front_end"] |= {"level_db": None}
+    assert typed(Holder, values) == Holder(HAMMING, None)
+
+
+@pytest.mark.parametrize("name", ["mel", "linear", "240", "step", "mpc"])
+def test_an_export_of_before_the_kinds_is_read(name: str) -> None:
+    """Its block was flat: `cmvn`, and null (or no differences) where a field belonged to another kind."""
+    values = asdict(ALL[name])
+    old = {"window": None, "low_hz": None, "deltas": 0, "level_db": None, "bins": 201} | values
+    old["cmvn"] = old.pop("normalization")["kind"] == "utterance"
+    assert encoder_config(Holder, {"front_end": old, "target": None}) == Holder(ALL[name], None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "mfcc"}, "unknown kind 'mfcc'"),
-        ({"level_db": -25.0}, "takes no level_db"),
+        ({"kind": "mfcc"}, r"^front_end\.kind: unknown kind 'mfcc'"),
+        ({"kind": None}, r"^front_end\.kind: missing; state one of"),
+        ({"level_db": -25.0}, r"^front_end\.level_db: no such option"),
+        ({"bins": None}, r"^front_end\.bins: "),
         ({"window": "hann"}, "povey or hamming"),
-        ({"kind": "log_mel", "level_db": -25.0}, "log_mel needs level_db"),
-        ({"kind": "log_linear", "window": None, "low_hz": None, "level_db": -25.0}, "201 bins"),
+        ({"kind": "log_mel", "level_db": -25.0}, r"^front_end\.window: no such option"),
         ({"frame_step": 0}, "at least 1"),
+        ({"normalization": {"kind": "given"}}, r"^front_end\.normalization\.kind: unknown kind 'given'"),
+        ({"normalization": {"kind": "fixed", "mean": [0.0]}}, r"^front_end\.normalization\.deviation: missing"),
+        ({"normalization": {"kind": "fixed", "mean": [0.0], "deviation": [0.0]}}, "must be positive"),
+        ({"normalization": {"kind": "fixed", "mean": [0.0] * 2, "deviation": [1.0]}}, "2 numbers for 80 dimensions"),
     ],
 )
 def test_what_does_not_fit_together_says_so(changes: dict[str, Any], message: str) -> None:
-    values = {"kind": "fbank", "bins": 80, "window": "povey", "low_hz": 20.0, "deltas": 0, "level_db": None}
+    values = asdict(HAMMING) | changes
     with pytest.raises(UserError, match=message):
-        FrontEndConfig(**(values | {"frame_step": 1, "cmvn": True} | changes))
+        typed(Holder, {"front_end": values, "target": None})

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from pretrain.errors import UserError
+from pretrain.method import Role
 from pretrain.training.health import HOPELESS_INTERVALS, HealthMonitor, HopelessRun
 
 HEALTHY = {
@@ -14,13 +15,16 @@ HEALTHY = {
     "accuracy_masked": 0.3,
     "labels_perplexity": 38.0,
     "predictions_perplexity": 12.0,
-    "target_variance": 0.4,
+    "spread": 0.4,
     "gradient_norm": 2.0,
 }
 
 
+ROLES: dict[str, Role] = {"spread": "target_variance"}
+
+
 def check(update: int, clip_norm: float = 10.0, **changes: float) -> list[str]:
-    return HealthMonitor(clip_norm).check(update, HEALTHY | changes)
+    return HealthMonitor(clip_norm).check(update, HEALTHY | changes, ROLES)
 
 
 @pytest.mark.parametrize("update", [1, 100, 5000])
@@ -33,7 +37,7 @@ def test_a_healthy_run_hears_nothing(update: int) -> None:
     ("changes", "sentence"),
     [
         ({"labels_perplexity": 1.02}, "the training labels are nearly all the same (labels_perplexity 1.02)"),
-        ({"target_variance": 1e-6}, "target_variance is 1e-06: the targets have collapsed"),
+        ({"spread": 1e-6}, "spread is 1e-06: the teacher's targets have collapsed"),
         ({"loss": math.nan}, "the loss is not finite"),
         ({"loss": math.inf}, "the loss is not finite"),
     ],
@@ -41,10 +45,10 @@ def test_a_healthy_run_hears_nothing(update: int) -> None:
 def test_a_fatal_sign_is_told_at_once_and_stops_the_run_when_it_lasts(changes: dict[str, float], sentence: str) -> None:
     monitor = HealthMonitor(10.0)
     for update in range(1, HOPELESS_INTERVALS):
-        [line] = monitor.check(update, HEALTHY | changes)
+        [line] = monitor.check(update, HEALTHY | changes, ROLES)
         assert sentence in line
     with pytest.raises(HopelessRun) as error:
-        monitor.check(HOPELESS_INTERVALS, HEALTHY | changes)
+        monitor.check(HOPELESS_INTERVALS, HEALTHY | changes, ROLES)
     assert f"update {HOPELESS_INTERVALS}: " in str(error.value)
     assert sentence in str(error.value)
     # A sentence and an exit status, not a traceback.
@@ -62,8 +66,17 @@ def test_a_sign_that_passes_is_forgiven() -> None:
 def test_two_different_signs_do_not_add_up() -> None:
     monitor = HealthMonitor(10.0)
     for update in range(10):
-        changes = {"labels_perplexity": 1.1} if update % 2 else {"target_variance": 0.0}
-        assert len(monitor.check(update, HEALTHY | changes)) == 1
+        changes = {"labels_perplexity": 1.1} if update % 2 else {"spread": 0.0}
+        assert len(monitor.check(update, HEALTHY | changes, ROLES)) == 1
+
+
+def test_a_collapse_is_told_by_the_role_of_the_metric_and_not_by_its_name() -> None:
+    """CPC has no teacher, so that nobody must tell it to raise the decay of one."""
+    monitor = HealthMonitor(10.0)
+    [line] = monitor.check(1, {"latent_variance": 1e-6}, {"latent_variance": "feature_variance"})
+    assert "latent_variance is 1e-06: the network gives every frame the same features" in line
+    assert "EMA" not in line
+    assert monitor.check(1, {"my_variance": 0.0}) == []
 
 
 def test_too_good_too_early() -> None:

@@ -73,6 +73,14 @@ def test_nothing_scored_is_not_a_number(world: World) -> None:
     assert values["labels_used"] == 0.0
 
 
+def test_roles_are_kept_by_name(world: World) -> None:
+    metrics = Accumulator()
+    metrics.add({"loss": ratio(1.0, 1.0), "latent_variance": Ratio(torch.tensor(0.5), 1.0, role="feature_variance")})
+    metrics.commit()
+    assert metrics.reduce()[0]["latent_variance"] == 0.5
+    assert metrics.roles == {"latent_variance": "feature_variance"}
+
+
 def test_throughput_is_audio_over_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("pretrain.training.metrics.time.perf_counter", lambda: now)

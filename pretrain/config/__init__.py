@@ -26,6 +26,7 @@ from pretrain.config.compose import (
     ROOT,
     check_overrides,
     compose_recipe,
+    recipe_method_block,
     recipe_names,
 )
 from pretrain.config.encoders import (
@@ -34,6 +35,7 @@ from pretrain.config.encoders import (
     MAY_BE_ZERO,
     check_bounds,
     encoder_config,
+    upgraded,
 )
 from pretrain.config.strict import (
     ConfigError,
@@ -42,6 +44,7 @@ from pretrain.config.strict import (
     nested_class,
     typed,
     typed_values,
+    variant,
 )
 
 __all__ = [
@@ -68,9 +71,12 @@ __all__ = [
     "nearest",
     "nested_class",
     "parse_cli",
+    "recipe_method_block",
     "recipe_names",
     "run_config",
     "save_yaml",
     "typed",
     "typed_values",
+    "upgraded",
+    "variant",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from pretrain.config.strict import ConfigError, nearest
+from pretrain.config.blocks import RunConfig
+from pretrain.config.strict import ConfigError, nearest, nested_class, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF_DIR = ROOT / "conf"
@@ -18,36 +21,112 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / "recipe").glob("*.yaml"))
 
 
+def recipe_method_block(recipe: str) -> dict[str, Any]:
+    """The `method` block of `compose_recipe(recipe)`, read without Hydra, which an `Upstream` does without.
+
+    Recipes inherit by naming other recipes under `defaults`; groups that they choose there do not reach the method.
+    """
+    return OmegaConf.to_container(_inherited(recipe).get("method", OmegaConf.create({})), resolve=True)
+
+
+def _inherited(recipe: str) -> DictConfig:
+    own = OmegaConf.load(CONF_DIR / "recipe" / f"{recipe}.yaml")
+    parents = [name for name in own.get("defaults", []) if isinstance(name, str) and name in recipe_names()]
+    return OmegaConf.merge(*(_inherited(parent) for parent in parents), own)
+
+
 def compose_recipe(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The configuration of one recipe as plain data, as `pretrain/train.py recipe=<recipe>` would see it."""
+    """The configuration of one recipe as plain data, as `pretrain/train.py recipe=<recipe>` would see it.
+
+    Raises ConfigError, with the nearest names, for an unknown recipe or an override of an unknown option.
+    """
+    if recipe not in recipe_names():
+        raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
+    return _compose(recipe, check_overrides([f"recipe={recipe}", *overrides])[1:] if overrides else [])
+
+
+def _compose(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    if recipe not in recipe_names():
-        raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config", [f"recipe={recipe}", *(overrides or [])], return_hydra_config=True)
+        config = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
     values = OmegaConf.to_container(config, resolve=False)
     values.pop("hydra")
     return {**OmegaConf.to_container(OmegaConf.create(values), resolve=True), "recipe": recipe}
 
 
-def check_overrides(arguments: list[str]) -> None:
-    """Refuse `key=value` arguments whose recipe or key does not exist, with the nearest names. Raises ConfigError.
+def check_overrides(arguments: list[str]) -> list[str]:
+    """A run's `key=value` arguments as Hydra takes them; other arguments stay as they are.
 
-    Hydra's own answer to a mistyped key is to prefix it with +, after which it would be taken and ignored.
+    Options are those in YAML and the fields of the run's dataclasses, the method's and the schedule's included. Hydra
+    wants ++ before an option that stands in no YAML, which is added here: users need not know which have a default in
+    a dataclass. Raises ConfigError, with the nearest names, where the recipe or an option does not exist; Hydra's own
+    answer to a mistyped option is to prefix it with +, after which it would be taken.
     """
-    pairs = [argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] not in "-~"]
-    recipe = next((value for key, value in pairs if key == "recipe"), None)
-    if recipe is None:
+    pairs = dict(argument.split("=", 1) for argument in arguments if _is_override(argument))
+    if "recipe" not in pairs:
         raise ConfigError(f"recipe: missing; say recipe=<name>; known: {', '.join(recipe_names())}")
-    known = _flat_keys(compose_recipe(recipe))
+    recipe = pairs["recipe"]
+    if recipe not in recipe_names():
+        raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
+    in_yaml = _yaml_keys(CONF_DIR, recipe)
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    for key, _ in pairs:
-        name = key.lstrip("+")
-        if name not in known and name not in groups and not name.startswith(("hydra.", "deepspeed.")):
+    return [
+        _as_hydra_takes(argument, pairs, in_yaml, groups) if _is_override(argument) else argument
+        for argument in arguments
+    ]
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and argument[0] not in "-~"
+
+
+def _as_hydra_takes(argument: str, pairs: dict[str, str], in_yaml: frozenset[str], groups: set[str]) -> str:
+    name, value = argument.lstrip("+").split("=", 1)
+    if name in groups or name.startswith("hydra."):
+        return argument
+    if name in in_yaml:
+        # A block may get fields that stand in no YAML, those of another kind; its keys are checked when it is typed.
+        return f"++{name}={value}" if value.startswith("{") else f"{name}={value}"
+    if not name.startswith("deepspeed."):
+        known = in_yaml | _typed_keys(pairs["recipe"], pairs.get("method.name"), pairs.get("schedule.name"))
+        if name not in known:
             raise ConfigError(f"{name}: no such option; {nearest(name, sorted(known))}")
+    return f"++{name}={value}"
+
+
+@cache
+def _yaml_keys(conf_dir: Path, recipe: str) -> frozenset[str]:
+    """The options that stand in the YAML of a recipe below `conf_dir`, by dotted name; blocks are among them."""
+    return frozenset(_flat_keys(_compose(recipe, [])))
+
+
+def _typed_keys(recipe: str, method_name: str | None, schedule_name: str | None) -> set[str]:
+    """The fields of a run's dataclasses by dotted name; the names of method and schedule win over the recipe's."""
+    # Late, since what names and types the blocks builds on this package.
+    from pretrain.method import load_method
+    from pretrain.training.schedule import schedule_class
+
+    values = _compose(recipe, [])
+    method_class = load_method(method_name or values["method"]["name"]).Method.Config
+    schedule = schedule_class(schedule_name or values["schedule"]["name"])
+    return _fields(RunConfig, "") | _fields(method_class, "method.") | _fields(schedule, "schedule.")
+
+
+def _fields(cls: type, prefix: str) -> set[str]:
+    """The fields of `cls`, or of all its variants, and of the dataclasses in them."""
+    return set().union(*(_own_fields(one, prefix) for one in variants(cls).values()))
+
+
+def _own_fields(cls: type, prefix: str) -> set[str]:
+    keys = set()
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        nested = nested_class(hints[field.name])
+        keys |= {f"{prefix}{field.name}"} | (_fields(nested, f"{prefix}{field.name}.") if nested else set())
+    return keys
 
 
 def _flat_keys(values: dict[str, Any], prefix: str = "") -> set[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
-from pretrain.config.strict import ConfigError, nested_class, typed, typed_values
+from pretrain.config.strict import ConfigError, nested_class, typed, typed_values, variant
 
 T = TypeVar("T")
 
@@ -24,15 +24,31 @@ def encoder_config(cls: type[T], values: dict[str, Any], where: str = "encoder")
     no encoder can have. Integers are from 1 to `MAX_SIZE`, or from 0 for fields with the metadata `MAY_BE_ZERO` and for
     `encoder_layers`, since an encoder may be cut to its hidden state 0. Numbers of layers are at most `MAX_LAYERS`, and
     lists have 1 to `MAX_LAYERS` entries. Other numbers are finite; probabilities of dropout are from 0 to below 1.
-    `${...}` is text. Raises what `cls` raises for values that do not go together.
+    `${...}` is text. Raises what `cls` raises for values that do not go together. Files of earlier versions are read
+    where `upgraded` knows how.
     """
-    plain = typed_values(cls, values, where)
+    plain = typed_values(cls, upgraded(cls, values), where)
     check_bounds(cls, plain, where)
     return typed(cls, plain, where)
 
 
+def upgraded(cls: type, values: Any) -> Any:
+    """`values` with the fields of today where a file of an earlier version has others.
+
+    A dataclass whose fields have changed has a static method `upgraded(values)`, which maps the block of such a file
+    and leaves one of today as it is; it is asked for `cls` and for the dataclasses nested in it.
+    """
+    if not isinstance(values, dict):
+        return values
+    hints = get_type_hints(cls)
+    nested = {name: nested_class(hints[name]) for name in values if name in hints}
+    values = {name: upgraded(nested[name], value) if nested.get(name) else value for name, value in values.items()}
+    return cls.upgraded(values) if hasattr(cls, "upgraded") else values
+
+
 def check_bounds(cls: type, values: dict[str, Any], where: str) -> None:
     """Raise ConfigError for the first number of the typed `values` that is out of `encoder_config`'s bounds."""
+    cls, values = variant(cls, values, where)
     hints = get_type_hints(cls)
     for f in fields(cls):
         value, path, nested = values[f.name], f"{where}.{f.name}", nested_class(hints[f.name])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from pretrain.errors import UserError
@@ -47,8 +48,16 @@ def _from_omegaconf(read: Callable[[Any], Any], cls: type, values: dict[str, Any
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {values!r} is not a mapping of options to values; state {cls.__name__}'s fields")
     check_keys(cls, values, where)
+    values = _literal(values)
+    with _named_errors(values, where):
+        return read(_merged(cls, values, where))
+
+
+@contextmanager
+def _named_errors(values: dict[str, Any], where: str) -> Iterator[None]:
+    """OmegaConf's errors about the block `values` at `where` as ConfigErrors that name the field."""
     try:
-        return read(OmegaConf.merge(OmegaConf.structured(cls), _literal(values)))
+        yield
     except MissingMandatoryValue as error:
         key = f"{where}.{error.full_key}" if where else error.full_key
         raise ConfigError(f"{key}: missing; state it in the recipe or on the command line") from None
@@ -59,6 +68,42 @@ def _from_omegaconf(read: Callable[[Any], Any], cls: type, values: dict[str, Any
         key = ".".join(part for part in (where, inner) if part)
         problem, value = str(error).splitlines()[0], str(_value_at(values, inner))
         raise ConfigError(f"{key}: {problem}" if value in problem else f"{key}: {value}: {problem}") from None
+
+
+def _merged(cls: type, values: dict[str, Any], where: str) -> DictConfig:
+    """`values` in the structure of `cls`, in which every block that has variants is of the variant that it names."""
+    cls, values = variant(cls, values, where)
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        nested = nested_class(hints[name])
+        if nested is not None and isinstance(value, dict):
+            values = values | {name: _merged(nested, value, f"{where}.{name}" if where else name)}
+    with _named_errors(values, where):
+        return OmegaConf.merge(OmegaConf.structured(cls), values)
+
+
+def variants(cls: type) -> dict[str, type]:
+    """The dataclasses that `cls` stands for, by kind; a dataclass without `VARIANTS` stands for itself alone."""
+    return getattr(cls, "VARIANTS", None) or {"": cls}
+
+
+def variant(cls: type, values: dict[str, Any], where: str) -> tuple[type, dict[str, Any]]:
+    """The dataclass for a block of `values`, and the block for it.
+
+    A dataclass with the class variable `VARIANTS` stands for several: the block's field `kind` names one of them. Null
+    for a field that this one lacks counts as absent, so that a recipe can take another kind than the one it starts
+    from. Raises ConfigError for an unknown kind. Any other dataclass stands for itself.
+    """
+    classes = variants(cls)
+    if classes == {"": cls}:
+        return cls, values
+    key, kind = f"{where}.kind" if where else "kind", values.get("kind")
+    if kind is None:
+        raise ConfigError(f"{key}: missing; state one of {', '.join(classes)}")
+    if kind not in classes:
+        raise ConfigError(f"{key}: unknown kind '{kind}'; {nearest(str(kind), list(classes))}")
+    own = {f.name for f in fields(classes[kind])}
+    return classes[kind], {name: value for name, value in values.items() if value is not None or name in own}
 
 
 def _value_at(values: Any, key: str) -> Any:
@@ -82,6 +127,7 @@ def _literal(value: Any) -> Any:
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones."""
+    cls, values = variant(cls, values, where)
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     for key, value in values.items():

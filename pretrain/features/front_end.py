@@ -12,6 +12,7 @@ One module for training and for `Upstream`. Each kind equals what s3prl computes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,52 +25,79 @@ from pretrain.features.mel import WINDOW_SAMPLES
 from pretrain.features.spectrogram import LINEAR_BINS, LogSpectrogram
 from pretrain.method import CollatorDefaults
 
-KINDS = ("log_mel", "log_linear", "fbank")
 WINDOWS = ("povey", "hamming")
 
 
 @dataclass
-class FrontEndConfig:
-    """25 ms windows every 10 ms at 16 kHz, and what is made of them.
+class NormalizationConfig:
+    """How frames are normalised. `kind` is "none", "utterance" or "fixed"; the first two have no fields of their own.
 
-    `kind` is "log_mel" (centred STFT, HTK mel bands from 0 Hz), "log_linear" (its 201 power bins) or "fbank" (Kaldi's
-    mel bands, edges not padded). `bins` counts bands. For fbank alone: `window` ("povey" or "hamming"), `low_hz` (lower
-    edge of the lowest band) and `deltas` (how many orders of differences are appended). For the other two alone:
-    `level_db`, the RMS level in dBFS that every waveform is brought to first. Fields of the other kind are null, and
-    `deltas` 0. `frame_step` n keeps every n-th frame. `cmvn` normalises each dimension over the utterance.
+    "utterance" brings each dimension to zero mean and unit variance over the utterance, as s3prl does.
     """
 
+    VARIANTS: ClassVar[dict[str, type[NormalizationConfig]]] = {}
+
     kind: str
-    bins: int
-    window: str | None
-    low_hz: float | None
-    deltas: int = field(metadata=MAY_BE_ZERO)
-    level_db: float | None
-    frame_step: int
-    cmvn: bool
+
+
+@dataclass
+class FixedNormalizationConfig(NormalizationConfig):
+    """Subtract a given `mean` and divide by a given `deviation`: one number for all dimensions, or one for each."""
+
+    mean: list[float]
+    deviation: list[float]
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"front_end.kind: unknown kind '{self.kind}'; use {', '.join(KINDS)}")
-        if self.bins < 1 or self.frame_step < 1 or self.deltas < 0:
-            raise UserError("front_end: bins and frame_step must be at least 1, deltas at least 0; correct the recipe")
-        if self.kind == "fbank":
-            if self.window not in WINDOWS or self.low_hz is None or self.level_db is not None:
-                raise UserError(
-                    f"front_end: fbank needs window ({' or '.join(WINDOWS)}) and low_hz, and takes no level_db; "
-                    "correct the recipe"
-                )
-        elif self.level_db is None or self.window is not None or self.low_hz is not None or self.deltas:
-            raise UserError(
-                f"front_end: {self.kind} needs level_db, and takes no window, low_hz or deltas; correct the recipe"
-            )
-        if self.kind == "log_linear" and self.bins != LINEAR_BINS:
-            raise UserError(f"front_end.bins: log_linear has {LINEAR_BINS} bins, not {self.bins}; correct the recipe")
+        if min(self.deviation, default=0.0) <= 0:
+            raise UserError(f"front_end.normalization.deviation: {self.deviation} must be positive; correct the recipe")
+
+
+NormalizationConfig.VARIANTS.update(
+    none=NormalizationConfig, utterance=NormalizationConfig, fixed=FixedNormalizationConfig
+)
+
+
+@dataclass
+class FrontEndConfig:
+    """25 ms windows every 10 ms at 16 kHz, and what is made of them; `kind` names one of the subclasses.
+
+    `frame_step` n keeps every n-th frame.
+    """
+
+    VARIANTS: ClassVar[dict[str, type[FrontEndConfig]]] = {}
+    CENTRED: ClassVar[bool] = True
+
+    kind: str
+    frame_step: int
+    normalization: NormalizationConfig
+
+    def __post_init__(self) -> None:
+        if self.VARIANTS.get(self.kind) is not type(self):
+            raise UserError(f"front_end.kind: '{self.kind}' is no kind of {type(self).__name__}; correct the recipe")
+        if self.dim < 1 or self.frame_step < 1:
+            raise UserError("front_end: bins and frame_step must be at least 1; correct the recipe")
+        if isinstance(self.normalization, FixedNormalizationConfig):
+            for name in ("mean", "deviation"):
+                if (count := len(getattr(self.normalization, name))) not in (1, self.dim):
+                    raise UserError(
+                        f"front_end.normalization.{name}: {count} numbers for {self.dim} dimensions; give one, or one "
+                        "for each"
+                    )
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """A block of before the kinds had classes of their own: flat, with `cmvn`, and null or 0 for other kinds."""
+        if "cmvn" not in values:
+            return values
+        absent = {"fbank": ("level_db",), "log_mel": ("window", "low_hz", "deltas")}
+        absent["log_linear"] = (*absent["log_mel"], "bins")
+        kept = {k: v for k, v in values.items() if k not in ("cmvn", *absent.get(str(values.get("kind")), ()))}
+        return kept | {"normalization": {"kind": "utterance" if values["cmvn"] else "none"}}
 
     @property
     def dim(self) -> int:
         """Width of a frame."""
-        return self.bins * (1 + self.deltas)
+        raise NotImplementedError
 
     @property
     def stride_samples(self) -> int:
@@ -84,7 +112,7 @@ class FrontEndConfig:
     @property
     def first_centre_samples(self) -> int:
         """The middle of the first frame: the first sample, where the edges are padded."""
-        return WINDOW_SAMPLES // 2 if self.kind == "fbank" else 0
+        return 0 if self.CENTRED else WINDOW_SAMPLES // 2
 
     def frames(self, samples: int | Tensor) -> int | Tensor:
         """Frames of `samples` samples; takes a number or an integer tensor."""
@@ -92,7 +120,66 @@ class FrontEndConfig:
 
     def full_rate_frames(self, samples: int | Tensor) -> int | Tensor:
         """Frames before `frame_step` leaves some out."""
-        return 1 + (samples - WINDOW_SAMPLES if self.kind == "fbank" else samples) // SHIFT_SAMPLES
+        return 1 + (samples if self.CENTRED else samples - WINDOW_SAMPLES) // SHIFT_SAMPLES
+
+
+@dataclass
+class LogMelConfig(FrontEndConfig):
+    """Logarithms of `bins` HTK mel bands from 0 Hz, of a centred STFT.
+
+    Every waveform is first brought to an RMS level of `level_db` dBFS.
+    """
+
+    bins: int
+    level_db: float
+
+    @property
+    def dim(self) -> int:
+        """Width of a frame."""
+        return self.bins
+
+
+@dataclass
+class LogLinearConfig(FrontEndConfig):
+    """Logarithms of the 201 bins of the power spectrum, of a centred STFT; `level_db` as for "log_mel"."""
+
+    level_db: float
+
+    @property
+    def dim(self) -> int:
+        """Width of a frame."""
+        return LINEAR_BINS
+
+
+@dataclass
+class FbankConfig(FrontEndConfig):
+    """Logarithms of `bins` of Kaldi's mel bands, edges not padded.
+
+    `window` is "povey" or "hamming", `low_hz` the lower edge of the lowest band; `deltas` counts the orders of
+    differences that are appended.
+    """
+
+    CENTRED: ClassVar[bool] = False
+
+    bins: int
+    window: str
+    low_hz: float
+    deltas: int = field(metadata=MAY_BE_ZERO)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window not in WINDOWS:
+            raise UserError(f"front_end.window: unknown window '{self.window}'; use {' or '.join(WINDOWS)}")
+        if self.deltas < 0:
+            raise UserError(f"front_end.deltas: {self.deltas} must be at least 0; correct the recipe")
+
+    @property
+    def dim(self) -> int:
+        """Width of a frame, differences included."""
+        return self.bins * (1 + self.deltas)
+
+
+FrontEndConfig.VARIANTS.update(log_mel=LogMelConfig, log_linear=LogLinearConfig, fbank=FbankConfig)
 
 
 @dataclass(frozen=True)
@@ -126,10 +213,11 @@ class FrontEnd(nn.Module):
         self.dim = config.dim
         self.stride_samples = config.stride_samples
         self.receptive_field_samples = config.receptive_field_samples
-        if config.kind == "fbank":
-            self.extract: nn.Module = Fbank(config.bins, config.window, config.low_hz)
-        else:
-            self.extract = LogSpectrogram(config.bins if config.kind == "log_mel" else None, config.level_db)
+        self.deltas = config.deltas if isinstance(config, FbankConfig) else 0
+        self.extract = _extractor(config)
+        if isinstance(config.normalization, FixedNormalizationConfig):
+            self.register_buffer("mean", torch.tensor(config.normalization.mean), persistent=False)
+            self.register_buffer("deviation", torch.tensor(config.normalization.deviation), persistent=False)
 
     def frames(self, samples: int | Tensor) -> int | Tensor:
         """Frames of `samples` samples; takes a number or an integer tensor."""
@@ -146,11 +234,21 @@ class FrontEnd(nn.Module):
         with torch.autocast(waveforms.device.type, enabled=False):
             features = self.extract(waveforms.float(), lengths)
             counts = None if lengths is None else config.full_rate_frames(lengths).clamp(min=1)
-            features = append_deltas(features, config.deltas, counts)
-            if config.cmvn:
+            features = append_deltas(features, self.deltas, counts)
+            if config.normalization.kind == "utterance":
                 features = normalize_frames(features, counts)
-            elif counts is not None:
-                features = torch.where(valid_mask(counts, features.shape[1]).unsqueeze(2), features, 0.0)
+            else:
+                if config.normalization.kind == "fixed":
+                    features = (features - self.mean) / self.deviation
+                if counts is not None:
+                    features = torch.where(valid_mask(counts, features.shape[1]).unsqueeze(2), features, 0.0)
         if lengths is not None:
             counts = config.frames(lengths).clamp(min=1)
         return features[:, :: config.frame_step], counts
+
+
+def _extractor(config: FrontEndConfig) -> nn.Module:
+    """The module that turns waveforms into the frames of `config`, before differences and normalisation."""
+    if isinstance(config, FbankConfig):
+        return Fbank(config.bins, config.window, config.low_hz)
+    return LogSpectrogram(config.bins if isinstance(config, LogMelConfig) else None, config.level_db)

@@ -6,6 +6,7 @@ Source: `compute_mask_indices` of `fairseq/data/data_utils.py` (static spans); r
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from pretrain.errors import UserError
 
@@ -88,3 +89,11 @@ def last_visible(mask: np.ndarray) -> np.ndarray:
     if not len(visible):
         return np.zeros(len(mask), dtype=np.int64)
     return visible[np.maximum(np.searchsorted(visible, np.arange(len(mask)), side="right") - 1, 0)]
+
+
+def frames_at(frames: Tensor, positions: Tensor) -> Tensor:
+    """The frames (N, D) of (B, F, D) that lie at flat `positions` (N,), b * F + f.
+
+    Collators list them so, so that nothing on the device has to count how many frames a mask hides.
+    """
+    return frames.flatten(0, 1).index_select(0, positions)

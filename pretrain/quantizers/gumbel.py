@@ -42,7 +42,7 @@ class GumbelVectorQuantizer(nn.Module):
     Training draws from softmax((logits + Gumbel noise) / `temperature`): the forward pass sees the chosen entry, the
     logits get the gradient of the soft mixture. Evaluation takes the likeliest entry. All of it is float32.
 
-    `depth` 1 computes the logits with one projection (wav2vec 2.0), more with hidden layers of `hidden_factor * dim`
+    `depth` 1 computes the logits with one projection (wav2vec 2.0), more with hidden layers of `2 * dim`
     before it (vq-wav2vec: 2). With `combine_groups` all groups choose from one codebook.
     """
 
@@ -54,7 +54,6 @@ class GumbelVectorQuantizer(nn.Module):
         vq_dim: int,
         combine_groups: bool = False,
         depth: int = 1,
-        hidden_factor: int = 2,
         activation: str = "gelu",
     ) -> None:
         """Raises ValueError where `vq_dim` does not divide into `groups`."""
@@ -70,7 +69,7 @@ class GumbelVectorQuantizer(nn.Module):
             nn.init.normal_(self.weight_proj.weight, mean=0.0, std=1.0)
             nn.init.zeros_(self.weight_proj.bias)
         else:
-            widths = [dim] + [dim * hidden_factor] * (depth - 1)
+            widths = [dim] + [2 * dim] * (depth - 1)
             hidden = [
                 nn.Sequential(Linear(width, wider), ACTIVATIONS[activation]()) for width, wider in pairwise(widths)
             ]

@@ -1,8 +1,8 @@
 """Says in plain words when a run is ill, and stops it when it cannot recover.
 
 Works on the names that metrics carry by convention: `loss`, `accuracy*` and the `chance` that `accuracy` must beat,
-`*_perplexity` of a histogram, `codes_<group>` of a codebook and its `prob_perplexity` summed over groups, `*_variance`
-of a target or a prediction.
+`*_perplexity` of a histogram, `codes_<group>` of a codebook and its `prob_perplexity` summed over groups; and on the
+roles that metrics state (`pretrain.method.Role`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from pretrain.errors import UserError
+from pretrain.method import Role
 
 EARLY_UPDATES = 2000
 # Contrastive methods need thousands of updates to leave chance behind with small batches; healthy runs have by then.
@@ -19,6 +20,11 @@ STUCK_UPDATES = 5000
 TOO_GOOD_ACCURACY = 0.995
 COLLAPSED_PERPLEXITY = 1.5
 COLLAPSED_VARIANCE = 1e-4
+# Metrics of these roles fall to zero when every frame becomes alike; the sentence says what to change.
+COLLAPSES: dict[Role, str] = {
+    "target_variance": "the teacher's targets have collapsed; lower optimizer.lr or raise the EMA decay",
+    "feature_variance": "the network gives every frame the same features; lower optimizer.lr, or enlarge the batch",
+}
 # Entries per group in use, below which a codebook is one vector; healthy runs dip to 5 or 10 at first.
 COLLAPSED_CODES = 1.05
 # Log intervals in a row in which a sign must hold before the run is stopped.
@@ -36,16 +42,19 @@ class HealthMonitor:
     clip_norm: float
     _streaks: dict[str, int] = field(default_factory=dict)
 
-    def check(self, update: int, values: dict[str, float]) -> list[str]:
-        """Sentences about this interval. Raises HopelessRun where a fatal sign has lasted."""
-        fatal, warnings = self._fatal(values), self._warnings(update, values)
+    def check(self, update: int, values: dict[str, float], roles: dict[str, Role] | None = None) -> list[str]:
+        """Sentences about this interval. `roles` are those that metrics state, by name.
+
+        Raises HopelessRun where a fatal sign has lasted.
+        """
+        fatal, warnings = self._fatal(values, roles or {}), self._warnings(update, values)
         self._streaks = {sign: self._streaks.get(sign, 0) + 1 for sign in fatal}
         for sign, sentence in fatal.items():
             if self._streaks[sign] >= HOPELESS_INTERVALS:
                 raise HopelessRun(f"update {update}: {sentence}")
         return [*fatal.values(), *warnings]
 
-    def _fatal(self, values: dict[str, float]) -> dict[str, str]:
+    def _fatal(self, values: dict[str, float], roles: dict[str, Role]) -> dict[str, str]:
         signs = {}
         for name, value in values.items():
             if name.endswith("labels_perplexity") and value < COLLAPSED_PERPLEXITY:
@@ -53,10 +62,8 @@ class HealthMonitor:
                     f"the training labels are nearly all the same ({name} {value:.2f}); look at the label files, their "
                     "dictionary and the k-means report"
                 )
-            elif name.endswith("_variance") and value < COLLAPSED_VARIANCE:
-                signs[name] = (
-                    f"{name} is {value:.2g}: the targets have collapsed; lower the rate or raise the EMA decay"
-                )
+            elif name in roles and value < COLLAPSED_VARIANCE:
+                signs[name] = f"{name} is {value:.2g}: {COLLAPSES[roles[name]]}"
         if sentence := _collapsed_codebook(values):
             signs["prob_perplexity"] = sentence
         if not math.isfinite(values.get("loss", 0.0)):

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.method import Metric, Predictions, Ratio
+from pretrain.method import Metric, Predictions, Ratio, Role
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
@@ -27,6 +27,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L
 
 class Accumulator:
     """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one.
+
+    `roles` has the roles of the metrics that state one, by name.
 
     `Predictions` are gathered where `validation` says so, and left out elsewhere.
     """
@@ -37,6 +39,7 @@ class Accumulator:
         self._pending: dict[str, Tensor] = {}
         self._kinds: dict[str, type] = {}
         self._predictions: dict[str, list[Predictions]] = {}
+        self.roles: dict[str, Role] = {}
 
     def add(self, metrics: dict[str, Metric]) -> None:
         """Add one micro-batch; nothing leaves the device but predictions at validation."""
@@ -48,6 +51,8 @@ class Accumulator:
                 continue
             self._kinds[name] = type(value)
             if isinstance(value, Ratio):
+                if value.role is not None:
+                    self.roles[name] = value.role
                 weight = torch.as_tensor(value.weight, dtype=torch.float64)
                 total = value.total.detach().double()
                 value_sum = torch.stack([total, weight.to(total.device, non_blocking=True)])

@@ -118,9 +118,13 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def build_schedule(values: dict[str, Any]) -> Schedule:
-    """Type the `schedule` block. Raises ConfigError for an unknown name or field."""
-    name = values.get("name")
+def schedule_class(name: Any) -> type[Schedule]:
+    """The dataclass behind `schedule.name`. Raises ConfigError, with the nearest names, for an unknown one."""
     if name not in SCHEDULES:
         raise ConfigError(f"schedule.name: unknown schedule '{name}'; {nearest(str(name), list(SCHEDULES))}")
-    return typed(SCHEDULES[name], values, "schedule")
+    return SCHEDULES[name]
+
+
+def build_schedule(values: dict[str, Any]) -> Schedule:
+    """Type the `schedule` block. Raises ConfigError for an unknown name or field."""
+    return typed(schedule_class(values.get("name")), values, "schedule")

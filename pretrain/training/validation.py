@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pretrain.data.loader import MicroBatchReader, batches
-from pretrain.method import Metric, Predictions
+from pretrain.method import Counts, Metric, Predictions, Ratio
 from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import Accumulator
@@ -50,4 +50,6 @@ def _nothing_of(value: Metric) -> Metric:
     """A metric of the same kind that counts nothing, for a rank that has no batch of its own."""
     if isinstance(value, Predictions):
         return value._replace(predictions=value.predictions[:0], targets=value.targets[:0])
-    return type(value)(*(torch.zeros_like(torch.as_tensor(part, dtype=torch.float64)) for part in value))
+    if isinstance(value, Ratio):
+        return value._replace(total=torch.zeros_like(value.total), weight=0.0)
+    return Counts(torch.zeros_like(value.counts))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from pretrain.config import upgraded
 from pretrain.method import Encoder, Method, load_interop, load_method, method_names
 from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
 from pretrain.weights.download import fetch, is_url
@@ -84,6 +85,7 @@ def load_trained(path: str | Path) -> TrainedMethod:
     if missing := [name for name in ("model.safetensors", "config.yaml") if not (step / name).is_file()]:
         raise InteropError(f"{step}: {', '.join(missing)}: missing, so it holds no weights; give another checkpoint")
     config = yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]
+    config = upgraded(load_method(config["name"]).Method.Config, config)
     kmeans = step.parent.parent / "kmeans"
     return TrainedMethod(
         config["name"], config, read_safetensors(step / "model.safetensors"), kmeans if kmeans.is_dir() else None

@@ -22,6 +22,7 @@ from pretrain.method import Batch, Counts, Example, Method, Metric, Ratio, StepO
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import frames_at
 from recipes.apc.encoder import ApcEncoder, ApcEncoderConfig
 
 
@@ -152,7 +153,9 @@ class ApcMethod(Method):
         return Prediction(hidden, self.postnet(chosen.vectors), chosen.codes)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_copy_last` and `error_mean` are what the present frame, and the utterance's mean, would give."""
+        """`error` is that of the frame ahead; `error_of_copy` and `error_of_mean` are what the present frame, and the
+        utterance's mean, would give.
+        """
         shift, units = self.config.time_shift, batch.sample_size
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         present, target = features[:, :-shift], features[:, shift:]
@@ -162,9 +165,10 @@ class ApcMethod(Method):
         dim = target.shape[2]
         loss = l1_sum(prediction.frames, target, valid) / dim
         metrics: dict[str, Metric] = {
-            "error_copy_last": Ratio(l1_sum(present, target, valid) / dim, units),
+            "error": Ratio(loss.detach(), units),
+            "error_of_copy": Ratio(l1_sum(present, target, valid) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
-            "error_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
+            "error_of_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
         }
         if prediction.codes is not None:
             counts = self.encoder.quantizer.counts(prediction.codes, None if valid is None else valid.squeeze(2))
@@ -185,7 +189,7 @@ class ApcMethod(Method):
             return hidden.sum() * 0.0
         reach = torch.arange(past.length + shift, device=features.device) - past.offset
         segments = features[rows.unsqueeze(1), frames.unsqueeze(1) + reach]
-        anchors = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + frames)
+        anchors = frames_at(hidden, rows * hidden.shape[1] + frames)
         targets = segments[:, shift:]
         return l1_sum(self.past(segments[:, : past.length], anchors), targets) / targets.numel()
 

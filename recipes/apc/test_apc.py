@@ -114,7 +114,7 @@ def test_padding_is_not_scored(recipe: str) -> None:
     assert both.padded
     assert both.sample_size == sum(batch.sample_size for batch in singles) == 163 + 93
     assert outputs[0].loss.item() == pytest.approx(sum(o.loss.item() for o in outputs[1:]), rel=1e-5)
-    for name in ("error_copy_last", "error_mean"):
+    for name in ("error_of_copy", "error_of_mean"):
         totals = [o.metrics[name].total.item() for o in outputs]
         assert totals[0] == pytest.approx(sum(totals[1:]), rel=1e-5)
     if codes:
@@ -279,7 +279,7 @@ def test_learns_more_than_to_copy_or_to_say_the_mean(tmp_path: Path) -> None:
         "trainer.validate_every=40",
         "trainer.max_validation_batches=3",
     )
-    trivial = min(scores["validation/error_copy_last"], scores["validation/error_mean"])
+    trivial = min(scores["validation/error_of_copy"], scores["validation/error_of_mean"])
     assert trivial > 0.7
     assert scores["validation/loss"] < 0.92 * trivial
 
@@ -287,7 +287,7 @@ def test_learns_more_than_to_copy_or_to_say_the_mean(tmp_path: Path) -> None:
 def test_vq_apc_learns_with_many_codes() -> None:
     method = build("vq_apc_tiny")
     output = learn(method, sample_batches(method, 61))
-    trivial = min(value(output, "error_copy_last"), value(output, "error_mean"))
+    trivial = min(value(output, "error_of_copy"), value(output, "error_of_mean"))
     assert value(output, "loss") < 0.93 * trivial
     share = output.metrics["codes_0"].counts / output.metrics["codes_0"].counts.sum()
     assert torch.exp(torch.special.entr(share).sum()) > 2.5
@@ -296,9 +296,9 @@ def test_vq_apc_learns_with_many_codes() -> None:
 def test_multi_target_apc_learns_both_objectives() -> None:
     method = build("apc_tiny", "method.past={weight: 0.5, anchor_share: 0.15, offset: 14, length: 7}")
     output = learn(method, sample_batches(method, 31))
-    assert value(output, "loss_future") < 0.96 * value(output, "error_mean")
+    assert value(output, "loss_future") < 0.96 * value(output, "error_of_mean")
     # The segment lies in what the state has seen, and the prediction reaches beyond its own input.
-    assert value(output, "loss_past") < 0.96 * value(output, "error_mean")
+    assert value(output, "loss_past") < 0.96 * value(output, "error_of_mean")
 
 
 def test_codes_of_an_encoder() -> None:

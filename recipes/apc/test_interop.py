@@ -31,7 +31,12 @@ VARIANTS = {
         "method.encoder.quantizer.code_dims=[10,14]",
     ),
     "multi_target": ("apc_multi_target", *SMALL),
-    "no_residual": ("apc_360hr", *SMALL, "method.encoder.residual=false", "method.encoder.front_end.cmvn=false"),
+    "no_residual": (
+        "apc_360hr",
+        *SMALL,
+        "method.encoder.residual=false",
+        "method.encoder.front_end.normalization.kind=none",
+    ),
 }
 
 

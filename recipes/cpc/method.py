@@ -199,7 +199,7 @@ class CpcMethod(Method):
         metrics = {
             "loss": Ratio(loss.detach(), batch.sample_size),
             "accuracy": Ratio(step_hits.sum(), predictions * self.config.steps),
-            "latent_variance": Ratio(z.detach().float().flatten(0, 1).var(0).mean(), 1.0),
+            "latent_variance": Ratio(z.detach().float().flatten(0, 1).var(0).mean(), 1.0, role="feature_variance"),
         }
         for k, step in enumerate(step_loss.detach(), start=1):
             metrics[f"loss_step_{k}"] = Ratio(step, predictions)

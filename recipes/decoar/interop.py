@@ -31,13 +31,12 @@ TABLE = KeyTable(
 ENCODER = {
     "front_end": {
         "kind": "fbank",
+        "frame_step": 1,
+        "normalization": {"kind": "utterance"},
         "bins": 80,
         "window": "hamming",
         "low_hz": 20.0,
         "deltas": 0,
-        "level_db": None,
-        "frame_step": 1,
-        "cmvn": True,
     },
     "hidden_size": 1024,
     "num_layers": 4,

@@ -109,8 +109,8 @@ class DecoarMethod(Method):
         return self.head(torch.cat([ahead[:, :-size], behind[:, size:]], dim=2))
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_mean` is what the utterance's mean would give. The ends of a slice are heard; the frames in between
-        are counted alone, as `loss_unseen`, beside `error_unseen_copy`, which repeats the nearer end.
+        """`error_of_mean` is what the utterance's mean would give. The ends of a slice are heard; the frames in between
+        are counted alone, as `error_unseen`, beside `error_unseen_of_copy`, which repeats the nearer end.
         """
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         units, size = batch.sample_size, self.config.slice_size
@@ -124,9 +124,10 @@ class DecoarMethod(Method):
             count = unseen[0, 0].numel()
             metrics = {
                 "loss": Ratio(loss.detach(), units),
-                "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth, valid) / truth[0, 0].numel(), units),
-                "loss_unseen": Ratio(l1_sum(predictions[:, :, 1:-1], unseen, valid) / count, units),
-                "error_unseen_copy": Ratio(l1_sum(nearer_end(truth)[:, :, 1:-1], unseen, valid) / count, units),
+                "error": Ratio(loss.detach(), units),
+                "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth, valid) / truth[0, 0].numel(), units),
+                "error_unseen": Ratio(l1_sum(predictions[:, :, 1:-1], unseen, valid) / count, units),
+                "error_unseen_of_copy": Ratio(l1_sum(nearer_end(truth)[:, :, 1:-1], unseen, valid) / count, units),
             }
         return StepOutput(loss, metrics)
 

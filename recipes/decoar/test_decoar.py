@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_the_formulas_on_a_padded_batch() -> None:
     output, (expected, zero) = method(batch), written_out(method, batch)
     elements = (method.config.slice_size + 1) * 80
     assert value(output, "loss") * elements == pytest.approx(expected.item(), rel=1e-5)
-    assert value(output, "error_mean") * elements == pytest.approx(zero.item(), rel=1e-5)
+    assert value(output, "error_of_mean") * elements == pytest.approx(zero.item(), rel=1e-5)
     assert output.loss.item() * elements == pytest.approx(batch.sample_size * expected.item(), rel=1e-5)
     named = dict(method.named_parameters())
     names = [
@@ -106,8 +106,8 @@ def test_figures_of_the_unseen_frames_leave_the_ends_out() -> None:
             nearer = t if i <= size // 2 else t + size
             errors.append((predictions[0, t, i] - features[0, t + i]).abs().mean())
             copies.append((features[0, nearer] - features[0, t + i]).abs().mean())
-    assert value(output, "loss_unseen") == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
-    assert value(output, "error_unseen_copy") == pytest.approx(torch.stack(copies).mean().item(), rel=1e-5)
+    assert value(output, "error_unseen") == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    assert value(output, "error_unseen_of_copy") == pytest.approx(torch.stack(copies).mean().item(), rel=1e-5)
 
 
 def test_the_nearer_end_of_an_odd_slice() -> None:
@@ -173,5 +173,5 @@ def test_it_learns_more_than_to_copy_the_nearer_end(tmp_path: Path) -> None:
         "schedule.total_updates=60",
         "trainer={validate_every:60,save_every:60,max_validation_batches:2}",
     )
-    assert scores["validation/loss"] < 0.85 * scores["validation/error_mean"]
-    assert scores["validation/loss_unseen"] < 0.97 * scores["validation/error_unseen_copy"]
+    assert scores["validation/loss"] < 0.85 * scores["validation/error_of_mean"]
+    assert scores["validation/error_unseen"] < 0.97 * scores["validation/error_unseen_of_copy"]

@@ -44,13 +44,12 @@ TABLE = KeyTable(
 ENCODER = {
     "front_end": {
         "kind": "fbank",
+        "frame_step": 2,
+        "normalization": {"kind": "utterance"},
         "bins": 80,
         "window": "hamming",
         "low_hz": 20.0,
         "deltas": 0,
-        "level_db": None,
-        "frame_step": 2,
-        "cmvn": True,
     },
     "encoder_layers": 12,
     "encoder_embed_dim": 768,

@@ -22,7 +22,7 @@ from pretrain.method import Batch, Counts, Example, Method, Metric, Progress, Ra
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
-from pretrain.objectives.masking import last_visible, separate_span_mask
+from pretrain.objectives.masking import frames_at, last_visible, separate_span_mask
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 
@@ -143,20 +143,17 @@ class Decoar2Method(Method):
         """(B, F, dim) features with the mask vector in place of the frames where `mask` (B, F) is True."""
         return torch.where(mask.unsqueeze(2), self.mask_emb.to(features.dtype), features)
 
-    def predict(
-        self, features: Tensor, frame_lengths: Tensor | None, batch: Batch, noise: Tensor | None = None
-    ) -> tuple[Tensor, Quantized]:
-        """What the hidden frames of (B, F, dim) features are thought to be, (N, dim), and the codes behind that.
-
-        `noise` (N, G, V) takes the place of the quantizer's.
-        """
+    def predict(self, features: Tensor, frame_lengths: Tensor | None, batch: Batch) -> tuple[Tensor, Quantized]:
+        """What the hidden frames of (B, F, dim) features are thought to be, (N, dim), and the codes behind that."""
         hidden = self.encoder.context(self.hide(features, batch.extras["mask"]), frame_lengths)[-1]
-        masked = hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"])
-        quantized = self.quantizer(masked, noise)
+        masked = frames_at(hidden, batch.extras["masked_positions"])
+        quantized = self.quantizer(masked)
         return self.reconstruction(quantized.vectors), quantized
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_copy_last` and `error_mean` are what the last visible frame, and the utterance's mean, would give."""
+        """`error` is that of the hidden frames; `error_of_copy` and `error_of_mean` are what the last visible frame,
+        and the utterance's mean, would give.
+        """
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         predictions, quantized = self.predict(features, frame_lengths, batch)
         frames, units = features.flatten(0, 1), batch.sample_size
@@ -169,9 +166,10 @@ class Decoar2Method(Method):
         metrics: dict[str, Metric] = {
             "loss_reconstruction": Ratio(reconstruction.detach(), units),
             "loss_diversity": Ratio.of_mean(diversity, units),
-            "error_copy_last": Ratio(l1_sum(copied, truth) / dim, units),
+            "error": Ratio(reconstruction.detach(), units),
+            "error_of_copy": Ratio(l1_sum(copied, truth) / dim, units),
             # Features have zero mean per utterance, so the mean predictor says zero.
-            "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth) / dim, units),
+            "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth) / dim, units),
             "prob_perplexity": Ratio(quantized.prob_perplexity.detach(), 1.0),
             "temperature": Ratio(diversity.new_full((), self.quantizer.temperature), 1.0),
         }
@@ -195,11 +193,11 @@ class Decoar2Method(Method):
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
         positions = batch.extras["masked_positions"]
         predictions, _ = self.predict(features, frame_lengths, batch)
-        truth = features.flatten(0, 1).index_select(0, positions)
+        truth = frames_at(features, positions)
         filled = features.flatten(0, 1).index_copy(0, positions, predictions.to(features.dtype)).view_as(features)
         frames = features.shape[1] if frame_lengths is None else int(frame_lengths[0])
         panels = {"true": features, "heard": self.hide(features, batch.extras["mask"]), "filled in": filled}
-        copied = features.flatten(0, 1).index_select(0, batch.extras["copied_positions"])
+        copied = frames_at(features, batch.extras["copied_positions"])
         guesses = {"prediction": predictions, "mean": torch.zeros_like(truth), "last visible frame": copied}
         return {
             "spectrograms": spectrogram_figure(

@@ -48,7 +48,7 @@ def written_out(method: Decoar2Method, batch: Batch) -> dict[str, Tensor]:
     return {
         "loss_reconstruction": (predictions - truth).abs().mean(1).mean(),
         "loss_diversity": config.diversity_weight * (entries - used) / entries,
-        "error_mean": truth.abs().mean(),
+        "error_of_mean": truth.abs().mean(),
         "prob_perplexity": used,
     }
 
@@ -174,7 +174,7 @@ def test_it_learns_more_than_to_copy_with_many_codes(tmp_path: Path) -> None:
         "schedule.total_updates=140",
         "trainer={validate_every:140,save_every:140,max_validation_batches:4}",
     )
-    trivial = min(scores["validation/error_copy_last"], scores["validation/error_mean"])
+    trivial = min(scores["validation/error_of_copy"], scores["validation/error_of_mean"])
     assert trivial > 0.6
     assert scores["validation/loss_reconstruction"] < 0.95 * trivial
     # Two groups of 64; collapsed, this would be near 2.

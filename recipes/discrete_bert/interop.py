@@ -124,9 +124,9 @@ def _tokenizer_file(trained: TrainedMethod) -> dict[str, Any]:
         "wav2vec_predictions.project_to_steps.weight": torch.zeros(context_dim, target_dim, 1, 1),
         "wav2vec_predictions.project_to_steps.bias": torch.zeros(target_dim),
     }
-    method_config = {"prediction_steps": 1, "num_negatives": 1, "vq_temp": None, "vq_gamma": None}
+    method_config = {"prediction_steps": 1, "num_negatives": 1, "quantizer_training": None}
     tensors = {f"encoder.{key}": value for key, value in state.items()} | head
-    return interop.to_s3prl(TrainedMethod(config.method, method_config | {"encoder": config.encoder}, tensors))
+    return interop.to_s3prl(TrainedMethod(config.method, method_config | {"encoder": encoder.to_config()}, tensors))
 
 
 def _tokenizer(encoder: dict[str, Any]) -> Any:

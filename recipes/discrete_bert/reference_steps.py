@@ -17,7 +17,8 @@ def small(quantizer: str = "kmeans", max_positions: int = 256, known: int = PAIR
     """A method on a vq-wav2vec of 64 pairs, `known` of which are tokens; every parameter off its initial value."""
     method = build(
         "discrete_bert_tiny",
-        f"method.encoder.tokenizer.encoder.quantizer.vq_type={quantizer}",
+        f"method.encoder.tokenizer.encoder.quantizer.kind={quantizer}",
+        *(["method.encoder.tokenizer.encoder.quantizer={vq_depth:1}"] if quantizer == "gumbel" else []),
         f"method.encoder.vocab_size={known + 5}",
         f"method.encoder.max_positions={max_positions}",
     )

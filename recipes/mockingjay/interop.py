@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.weights.interop.s3prl_fbank import normalization_of
 from pretrain.weights.interop.speech_encoder import fuse_qkv, split_qkv
 from pretrain.weights.interop.tables import KeyTable
 from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
@@ -124,10 +125,10 @@ def audio_config(front_end: Mapping[str, Any], target: Mapping[str, Any] | None)
         return {
             "kaldi": {"feat_type": "fbank", "fbank": options | _FBANK | {"window_type": front_end["window"]}},
             "delta": {"order": front_end["deltas"], "win_length": 5},
-            "cmvn": {"use_cmvn": front_end["cmvn"]},
+            "cmvn": {"use_cmvn": _cmvn(front_end)},
         }
     heard, wanted = (
-        _FEATURE | {"feat_type": _KINDS[block["kind"]], "cmvn": block["cmvn"]}
+        _FEATURE | {"feat_type": _KINDS[block["kind"]], "cmvn": _cmvn(block)}
         for block in (front_end, target or front_end)
     )
     mels = next((block["bins"] for block in (front_end, target) if block and block["kind"] == "log_mel"), 80)
@@ -174,17 +175,26 @@ def _front_end_of(audio: Mapping[str, Any]) -> dict[str, Any]:
                 "imported"
             )
         _require(audio["delta"], {"win_length": 5}, "audio.delta")
-        fields = {"window": window, "low_hz": low_hz, "deltas": audio["delta"].get("order", 2), "level_db": None}
-        return {"kind": "fbank", "bins": bins, **fields, "frame_step": 1, "cmvn": audio["cmvn"]["use_cmvn"]}
+        normalization = normalization_of(audio["cmvn"]["use_cmvn"])
+        fields = {"bins": bins, "window": window, "low_hz": low_hz, "deltas": audio["delta"].get("order", 2)}
+        return {"kind": "fbank", "frame_step": 1, "normalization": normalization, **fields}
     heard = audio["input"]
     _require(audio, _STFT, "audio")
     _require(heard, {"log": True, "delta": 0}, "audio.input")
     kind = {theirs: ours for ours, theirs in _KINDS.items()}.get(heard["feat_type"])
     if kind is None:
         raise InteropError(f"audio.input.feat_type: '{heard['feat_type']}' is not supported; mel and linear are")
-    bins = audio["n_mels"] if kind == "log_mel" else audio["n_freq"]
-    fields = {"window": None, "low_hz": None, "deltas": 0, "level_db": float(audio["target_level"])}
-    return {"kind": kind, "bins": bins, **fields, "frame_step": 1, "cmvn": heard["cmvn"]}
+    bins = {"bins": audio["n_mels"]} if kind == "log_mel" else {}
+    fields = {"kind": kind, "frame_step": 1, "normalization": normalization_of(heard["cmvn"]), **bins}
+    return fields | {"level_db": float(audio["target_level"])}
+
+
+def _cmvn(front_end: Mapping[str, Any]) -> bool:
+    """Whether s3prl's pre-processor normalises; raises InteropError for what it cannot do."""
+    kind = front_end["normalization"]["kind"]
+    if kind not in ("none", "utterance"):
+        raise InteropError(f"method.encoder.front_end.normalization: s3prl has no '{kind}'; export to native")
+    return kind == "utterance"
 
 
 def _without_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import LayerNorm, Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
+from pretrain.objectives.masking import frames_at
 from recipes.mockingjay.alterations import (
     AlterationConfig,
     alter,
@@ -116,8 +117,8 @@ class MockingjayMethod(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """Losses per scored element, and on the same elements those of predictors that look at nothing.
 
-        `loss_mean_predictor` says 0, the mean of normalised features. Frames hidden whole are also counted alone, as
-        `loss_frames`, beside `loss_frames_copy_last`, which repeats the last visible frame; the rest is `loss_bands`.
+        `error_of_mean` says 0, the mean of normalised features. Frames hidden whole are also counted alone, as
+        `error_frames`, beside `error_frames_of_copy`, which repeats the last visible frame; the rest is `error_bands`.
         """
         features, targets, frame_lengths = self.features(batch)
         altered = alter(features, batch.extras, self.config.alteration)
@@ -134,14 +135,14 @@ class MockingjayMethod(Method):
         """The loss of given altered features (B, F, D) and targets (B, F, E)."""
         positions = batch.extras["scored_positions"]
         hidden = self.encoder.context(altered, frame_lengths)[-1]
-        predictions = self.spec_head(hidden.flatten(0, 1).index_select(0, positions))
-        truth = targets.flatten(0, 1).index_select(0, positions)
+        predictions = self.spec_head(frames_at(hidden, positions))
+        truth = frames_at(targets, positions)
         elements = scored_elements(batch.extras, self.target_dim) if self._scores_bands else None
         loss = l1_sum(predictions, truth, elements)
-        metrics = {"loss": Ratio(loss.detach(), batch.sample_size)}
+        metrics = {name: Ratio(loss.detach(), batch.sample_size) for name in ("loss", "error")}
         with torch.no_grad():
             mean = l1_sum(torch.zeros_like(truth), truth, elements)
-            metrics["loss_mean_predictor"] = Ratio(mean, batch.sample_size)
+            metrics["error_of_mean"] = Ratio(mean, batch.sample_size)
             if self.config.alteration.mask_proportion > 0:
                 metrics |= self._by_axis(predictions, truth, targets, loss, batch)
         return StepOutput(loss, metrics)
@@ -151,15 +152,15 @@ class MockingjayMethod(Method):
     ) -> dict[str, Ratio]:
         extras = batch.extras
         whole = extras["mask"].flatten().index_select(0, extras["scored_positions"]).unsqueeze(1)
-        copied = targets.flatten(0, 1).index_select(0, extras["copied_positions"])
+        copied = frames_at(targets, extras["copied_positions"])
         count = whole.sum() * self.target_dim
         frames = l1_sum(predictions, truth, whole)
         metrics = {
-            "loss_frames": Ratio(frames, count),
-            "loss_frames_copy_last": Ratio(l1_sum(copied, truth, whole), count),
+            "error_frames": Ratio(frames, count),
+            "error_frames_of_copy": Ratio(l1_sum(copied, truth, whole), count),
         }
         if self._scores_bands:
-            metrics["loss_bands"] = Ratio(loss.detach() - frames, batch.sample_size - count)
+            metrics["error_bands"] = Ratio(loss.detach() - frames, batch.sample_size - count)
         return metrics
 
     @property
@@ -180,12 +181,12 @@ class MockingjayMethod(Method):
         altered = alter(features, batch.extras, self.config.alteration)
         predictions = self.spec_head(self.encoder.context(altered, frame_lengths)[-1])
         positions = batch.extras["scored_positions"]
-        truth = targets.flatten(0, 1).index_select(0, positions)
+        truth = frames_at(targets, positions)
         elements = scored_elements(batch.extras, self.target_dim)
         guesses = {
-            "prediction": predictions.flatten(0, 1).index_select(0, positions),
+            "prediction": frames_at(predictions, positions),
             "mean": torch.zeros_like(truth),
-            "last visible frame": targets.flatten(0, 1).index_select(0, batch.extras["copied_positions"]),
+            "last visible frame": frames_at(targets, batch.extras["copied_positions"]),
         }
         if self._scores_bands:
             del guesses["last visible frame"]  # in frames that are not hidden it would copy what is to be predicted

@@ -24,9 +24,7 @@ from pretrain.weights.read import initialise
 from recipes.mockingjay import interop
 
 FBANK = "method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}"
-LINEAR = (
-    "method.target={kind:log_linear,bins:201,window:null,low_hz:null,deltas:0,level_db:-25.0,frame_step:1,cmvn:true}"
-)
+LINEAR = "method.target={kind:log_linear,level_db:-25.0,frame_step:1,normalization:{kind:utterance}}"
 # The width of the checkpoint below: s3prl spends seconds on the table of positions of every new width.
 NARROW = "method.encoder={encoder_embed_dim:24,encoder_ffn_embed_dim:48}"
 # Entry of the client, recipe, what makes it another variant.

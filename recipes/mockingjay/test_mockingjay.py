@@ -35,7 +35,7 @@ from recipes.mockingjay.reference_steps import REFERENCE_STEPS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mockingjay_tiny", "tera_tiny", "audio_albert_tiny"]
-FRONT_END = {"kind": "log_mel", "window": None, "low_hz": None, "deltas": 0, "level_db": -25.0, "frame_step": 1}
+FRONT_END = {"kind": "log_mel", "frame_step": 1, "normalization": {"kind": "utterance"}, "level_db": -25.0}
 
 
 class Official:
@@ -49,7 +49,7 @@ class Official:
 
     def _method(self) -> MockingjayMethod:
         task, bands = self.facts["task"], self.tensors["in.spec"].shape[2]
-        audio = interop.audio_config(FRONT_END | {"bins": bands, "cmvn": True}, None)
+        audio = interop.audio_config(FRONT_END | {"bins": bands}, None)
         state = group(self.tensors, "state")
         checkpoint = {name: group(state, name) for name in ("Transformer", "SpecHead")}
         checkpoint |= {"Config": {}, "Upstream_Config": {"transformer": self.facts["config"], "audio": audio}}
@@ -97,7 +97,7 @@ def test_the_loss_is_s3prls(official: Official, output: StepOutput) -> None:
     assert official.batch().sample_size == official.scalars["masked_elements"]
     assert value(output, "loss") == pytest.approx(official.scalars["loss"], rel=1e-5)
     label = official.tensors["in.mask_label"].bool()
-    assert value(output, "loss_mean_predictor") == pytest.approx(
+    assert value(output, "error_of_mean") == pytest.approx(
         official.tensors["in.spec_target"][label].abs().mean().item(), rel=1e-5
     )
 
@@ -180,9 +180,7 @@ AXES = {
     "frequency": ("method.alteration.mask_proportion=0", "method.alteration.mask_frequency=0.2"),
     "magnitude": ("method.alteration.mask_proportion=0", "method.alteration.noise_proportion=0.5"),
     "all": TERA_ALL,
-    "linear target": (
-        "method.target={kind:log_linear,bins:201,window:null,low_hz:null,deltas:0,level_db:-25.0,frame_step:1,cmvn:true}",
-    ),
+    "linear target": ("method.target={kind:log_linear,level_db:-25.0,frame_step:1,normalization:{kind:utterance}}",),
     "filter banks": (
         "method.encoder.front_end={kind:fbank,window:povey,low_hz:20.0,deltas:2,level_db:null}",
         *TERA_ALL,
@@ -205,7 +203,7 @@ def test_a_step_scores_what_was_altered_and_padding_never(axes: str) -> None:
     assert 0 < batch.sample_size <= (frames + real) * method.target_dim
     assert value(output, "loss") == pytest.approx(output.loss.item() / batch.sample_size)
     if axes == "all":
-        parts = output.metrics["loss_frames"].total + output.metrics["loss_bands"].total
+        parts = output.metrics["error_frames"].total + output.metrics["error_bands"].total
         assert parts.item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
@@ -317,8 +315,8 @@ def test_band_errors_are_means_over_the_marked_elements() -> None:
         ((*AXES["linear target"], "method.alteration.mask_frequency=0.2"), "hidden bands of 80 name none"),
         (
             (
-                "method.target={kind:fbank,bins:80,window:povey,low_hz:20.0,deltas:0,level_db:null,frame_step:1,"
-                "cmvn:true}",
+                "method.target={kind:fbank,bins:80,window:povey,low_hz:20.0,deltas:0,frame_step:1,"
+                "normalization:{kind:utterance}}",
             ),
             "other frames than",
         ),
@@ -357,5 +355,5 @@ def test_it_learns(recipe: str, updates: int, margin: float, tmp_path: Path) -> 
     last = train_recipe(recipe, tmp_path, *shorter)
     # Of the same hidden elements: normalised features have mean 0, and of the frames hidden whole the one before the
     # span is the best neighbour.
-    assert last["validation/loss"] < last["validation/loss_mean_predictor"] - margin
-    assert last["validation/loss_frames"] < last["validation/loss_frames_copy_last"] - 0.05
+    assert last["validation/loss"] < last["validation/error_of_mean"] - margin
+    assert last["validation/error_frames"] < last["validation/error_frames_of_copy"] - 0.05

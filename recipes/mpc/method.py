@@ -20,7 +20,7 @@ from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
-from pretrain.objectives.masking import last_visible
+from pretrain.objectives.masking import frames_at, last_visible
 from recipes.mpc.encoder import SUBSAMPLING, MpcEncoder, MpcEncoderConfig
 
 
@@ -115,10 +115,10 @@ class MpcMethod(Method):
         """(B, 4 P, bins) features, hidden where the batch says so, to what the hidden positions hold: (N, 4 * bins)."""
         heard = torch.where(batch.extras["mask"].unsqueeze(2), 0.0, features)
         hidden = self.encoder.context(heard, positions)[-1]
-        return self.final_layer(hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"]))
+        return self.final_layer(frames_at(hidden, batch.extras["masked_positions"]))
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error`, `error_copy_last` and `error_mean` are per hidden element: of the prediction, of the last visible
+        """`error`, `error_of_copy` and `error_of_mean` are per hidden element: of the prediction, of the last visible
         frame, and of the utterance's mean.
         """
         features, positions = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
@@ -131,9 +131,9 @@ class MpcMethod(Method):
             {
                 "loss": Ratio(loss.detach(), batch.sample_size),
                 "error": Ratio(loss.detach(), elements),
-                "error_copy_last": Ratio(l1_sum(copied, truth), elements),
+                "error_of_copy": Ratio(l1_sum(copied, truth), elements),
                 # Features have zero mean per utterance, so the mean predictor says zero.
-                "error_mean": Ratio(l1_sum(torch.zeros_like(truth), truth), elements),
+                "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth), elements),
             },
         )
 
@@ -141,7 +141,7 @@ class MpcMethod(Method):
         """(N, 4 * bins): what hidden positions hold, and the last visible frame repeated."""
         width = SUBSAMPLING * features.shape[2]
         truth = features.reshape(-1, width).index_select(0, batch.extras["masked_positions"])
-        return truth, features.flatten(0, 1).index_select(0, batch.extras["copied_frames"]).view(-1, width)
+        return truth, frames_at(features, batch.extras["copied_frames"]).view(-1, width)
 
     def training_flops(self, samples: int) -> float:
         """Encoder, and head at the hidden positions."""

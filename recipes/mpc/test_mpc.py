@@ -87,7 +87,7 @@ def test_hidden_states_and_loss_are_the_formulas_on_a_padded_batch() -> None:
     assert output.loss.item() == pytest.approx(total.item(), rel=1e-5)
     assert value(output, "loss") == pytest.approx(total.item() / 66, rel=1e-5)
     assert value(output, "error") == pytest.approx(total.item() / scored, rel=1e-5)
-    assert value(output, "error_mean") == pytest.approx(mean.item() / scored, rel=1e-5)
+    assert value(output, "error_of_mean") == pytest.approx(mean.item() / scored, rel=1e-5)
     names = ["final_layer.weight", "encoder.subsampling.conv1.weight", "encoder.layers.1.fc1.weight"]
     wanted = [parameters[name] for name in names]
     gradients = zip(names, torch.autograd.grad(output.loss, wanted), torch.autograd.grad(total, wanted), strict=True)
@@ -186,7 +186,7 @@ def test_it_learns_more_than_to_copy(tmp_path: Path) -> None:
         "trainer={validate_every:200,save_every:200,max_validation_batches:4}",
     )
     assert scores["validation/error"] < 0.98 * min(
-        scores["validation/error_copy_last"], scores["validation/error_mean"]
+        scores["validation/error_of_copy"], scores["validation/error_of_mean"]
     )
 
 

@@ -71,7 +71,7 @@ class NpcMethod(Method):
         return Prediction(self.postnet(chosen.vectors), chosen.codes)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """`error_copy_neighbour`, `error_interpolate` and `error_mean` are what the last frame before the blind spot,
+        """`error_of_copy`, `error_of_interpolation` and `error_of_mean` are what the last frame before the blind spot,
         the mean of those on either side of it, and the utterance's mean would give.
         """
         features, frame_lengths = self.encoder.front_end(batch.waveforms, batch.lengths_if_padded)
@@ -82,8 +82,9 @@ class NpcMethod(Method):
         loss = l1_sum(prediction.frames, features, elements) / dim
         metrics: dict[str, Ratio | Counts] = {
             "loss": Ratio(loss.detach(), units),
+            "error": Ratio(loss.detach(), units),
             # Features have zero mean per utterance, so the mean predictor says zero.
-            "error_mean": Ratio(l1_sum(features.new_zeros(()), features, elements) / dim, units),
+            "error_of_mean": Ratio(l1_sum(features.new_zeros(()), features, elements) / dim, units),
             **self._neighbour_errors(features, elements),
         }
         if prediction.codes is not None:
@@ -102,8 +103,8 @@ class NpcMethod(Method):
         inner = None if elements is None else elements[:, 2 * distance :]
         frames = float(target.shape[0] * target.shape[1]) if inner is None else inner.sum()
         return {
-            "error_copy_neighbour": Ratio(l1_sum(before, target, inner) / dim, frames),
-            "error_interpolate": Ratio(l1_sum((before + after) / 2, target, inner) / dim, frames),
+            "error_of_copy": Ratio(l1_sum(before, target, inner) / dim, frames),
+            "error_of_interpolation": Ratio(l1_sum((before + after) / 2, target, inner) / dim, frames),
         }
 
     def training_flops(self, samples: int) -> float:

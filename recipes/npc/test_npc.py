@@ -138,7 +138,7 @@ def test_padding_is_not_scored() -> None:
         method(collate(method, batch.waveforms[i : i + 1, :n], batch.lengths[i : i + 1]))
         for i, n in enumerate(batch.lengths.tolist())
     ]
-    for name in ("error_copy_neighbour", "error_interpolate", "error_mean"):
+    for name in ("error_of_copy", "error_of_interpolation", "error_of_mean"):
         for part in (0, 1):
             total = sum(float(single.metrics[name][part]) for single in singles)
             assert float(output.metrics[name][part]) == pytest.approx(total, rel=1e-5), (name, part)
@@ -148,9 +148,9 @@ def test_neighbours_are_the_nearest_visible_frames() -> None:
     method = build("npc_360hr", *SMALL).eval()
     ramp = torch.arange(40.0).view(1, 40, 1).expand(1, 40, 80)
     errors = method._neighbour_errors(ramp, None)
-    assert float(errors["error_copy_neighbour"].total) == pytest.approx(3.0 * 34)
-    assert float(errors["error_interpolate"].total) == 0
-    assert errors["error_interpolate"].weight == 34
+    assert float(errors["error_of_copy"].total) == pytest.approx(3.0 * 34)
+    assert float(errors["error_of_interpolation"].total) == 0
+    assert errors["error_of_interpolation"].weight == 34
 
 
 def reach(output: Tensor, features: Tensor, frame: int) -> list[int]:
@@ -254,9 +254,9 @@ def test_learns_more_than_to_copy_or_to_say_the_mean(tmp_path: Path) -> None:
         "trainer.validate_every=70",
         "trainer.max_validation_batches=3",
     )
-    assert scores["validation/error_mean"] > 0.7
-    assert scores["validation/loss"] < 0.97 * scores["validation/error_copy_neighbour"]
-    assert scores["validation/loss"] < 0.8 * scores["validation/error_mean"]
+    assert scores["validation/error_of_mean"] > 0.7
+    assert scores["validation/loss"] < 0.97 * scores["validation/error_of_copy"]
+    assert scores["validation/loss"] < 0.8 * scores["validation/error_of_mean"]
     # Each of two groups of 32 chooses among several codes.
     assert min(scores["validation/codes_0_perplexity"], scores["validation/codes_1_perplexity"]) > 2.5
 
@@ -265,7 +265,7 @@ def test_learns_more_than_to_copy_or_to_say_the_mean(tmp_path: Path) -> None:
 def test_without_the_quantizer_it_beats_interpolation(tmp_path: Path) -> None:
     """Interpolating passes 80 numbers a frame; through the codes of the small recipe pass 10 bits."""
     scores = train_recipe("npc_tiny", tmp_path, "method.encoder.quantizer=null")
-    assert scores["validation/loss"] < 0.97 * scores["validation/error_interpolate"]
+    assert scores["validation/loss"] < 0.97 * scores["validation/error_of_interpolation"]
 
 
 def test_figures_show_prediction_and_bands() -> None:
@@ -273,4 +273,4 @@ def test_figures_show_prediction_and_bands() -> None:
     with torch.no_grad():
         figures = method.figures(collate(method, *two_waveforms()))
     assert [len(figures[name].axes) for name in ("prediction", "band_error")] == [2, 1]
-    assert value(method(collate(method, *two_waveforms())), "error_mean") > 0.5
+    assert value(method(collate(method, *two_waveforms())), "error_of_mean") > 0.5

@@ -20,6 +20,7 @@ from pretrain.method import Batch, Counts, Example, Metric, Ratio, StepOutput, T
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
 from pretrain.objectives.collate import Stacked
+from pretrain.objectives.masking import frames_at
 from pretrain.objectives.quantized_targets import (
     MaskingCollator,
     QuantizedTargetsConfig,
@@ -203,7 +204,7 @@ class UniSpeechMethod(QuantizedTargetsMethod):
     def logits(self, states: States, positions: Tensor, negatives: Tensor) -> Tensor:
         """(B, K, 1 + N), the true target first; distractors come from all frames of the row."""
         rows, masked, width = states.positives.shape
-        predictions = states.context.flatten(0, 1).index_select(0, positions).view(rows, masked, width)
+        predictions = frames_at(states.context, positions).view(rows, masked, width)
         return contrastive_logits(
             predictions,
             states.positives,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +23,41 @@ from pretrain.quantizers.gumbel import GumbelVectorQuantizer
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-QUANTIZERS = ("gumbel", "kmeans")
 
 
 @dataclass
 class QuantizerConfig:
-    """The codebooks of vq-wav2vec; the names are fairseq's.
+    """The codebooks of vq-wav2vec; `kind` is "gumbel" or "kmeans", the other names are fairseq's."""
 
-    `vq_type` is "gumbel" or "kmeans". `vq_depth` counts the layers that compute Gumbel's logits; k-means has one.
-    """
+    VARIANTS: ClassVar[dict[str, type[QuantizerConfig]]] = {}
 
-    vq_type: str
+    kind: str
     vq_vars: int
     vq_groups: int
-    vq_depth: int
     combine_groups: bool
 
-    def __post_init__(self) -> None:
-        where = "method.encoder.quantizer"
-        if self.vq_type not in QUANTIZERS:
-            raise ConfigError(f"{where}.vq_type: unknown quantizer '{self.vq_type}'; use {' or '.join(QUANTIZERS)}")
-        if self.vq_type == "kmeans" and self.vq_depth != 1:
-            raise ConfigError(f"{where}.vq_depth: {self.vq_depth}; k-means projects once, set it to 1")
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """A block of before the kinds had classes of their own: `vq_type`, and `vq_depth` of k-means too."""
+        if "vq_type" not in values:
+            return values
+        dropped = ("vq_type", "vq_depth") if values["vq_type"] == "kmeans" else ("vq_type",)
+        return {"kind": values["vq_type"]} | {name: value for name, value in values.items() if name not in dropped}
+
+
+@dataclass
+class KMeansQuantizerConfig(QuantizerConfig):
+    """The nearest entry; one projection comes before it."""
+
+
+@dataclass
+class GumbelQuantizerConfig(QuantizerConfig):
+    """An entry by Gumbel-softmax; `vq_depth` counts the layers that compute its logits."""
+
+    vq_depth: int
+
+
+QuantizerConfig.VARIANTS.update(gumbel=GumbelQuantizerConfig, kmeans=KMeansQuantizerConfig)
 
 
 @dataclass
@@ -265,7 +279,7 @@ class Wav2VecEncoder(Encoder):
 def _build_quantizer(config: QuantizerConfig | None, dim: int, activation: str) -> nn.Module | None:
     if config is None:
         return None
-    if config.vq_type == "kmeans":
+    if not isinstance(config, GumbelQuantizerConfig):
         return KMeansVectorQuantizer(dim, config.vq_vars, config.vq_groups, config.combine_groups)
     return GumbelVectorQuantizer(
         dim,

@@ -77,12 +77,13 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
 def config_to_fairseq(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our `method` block as fairseq's model config."""
     encoder = config["encoder"]
+    training = config["quantizer_training"] or {}
     aggregator = [(dim, kernel, 1) for dim, kernel in encoder["conv_aggregator_layers"]]
     return {
         **{name: encoder[name] for name in _FIELDS},
         **_FIXED,
-        **(encoder["quantizer"] or {"vq_type": "none"}),
-        **{name: config[name] for name in ("vq_temp", "vq_gamma") if config[name] is not None},
+        **_quantizer_to_fairseq(encoder["quantizer"]),
+        **{name: training[name] for name in ("vq_temp", "vq_gamma") if name in training},
         "conv_feature_layers": repr([tuple(layer) for layer in encoder["conv_feature_layers"]]),
         "conv_aggregator_layers": repr(aggregator),
         "prediction_steps": config["prediction_steps"],
@@ -90,6 +91,13 @@ def config_to_fairseq(config: Mapping[str, Any]) -> dict[str, Any]:
         "infonce": False,
         "offset": "auto",
     }
+
+
+def _quantizer_to_fairseq(quantizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    if quantizer is None:
+        return {"vq_type": "none"}
+    # k-means has one projection; the depth is Gumbel's, and fairseq ignores it for k-means.
+    return {"vq_type": quantizer["kind"], "vq_depth": 1} | {k: v for k, v in quantizer.items() if k != "kind"}
 
 
 def _config_from_fairseq(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,10 +119,9 @@ def _config_from_fairseq(model: Mapping[str, Any]) -> dict[str, Any]:
     dim = layers["conv_feature_layers"][-1][0]
     if model.get("vq_dim", 0) not in (0, dim):
         raise InteropError(f"model config: vq_dim: {model['vq_dim']} is not the {dim} of the features; only that works")
-    quantizer = {"vq_type": vq_type} | {name: model.get(name, default) for name, default in _QUANTIZER_FIELDS.items()}
+    quantizer = {"kind": vq_type} | {name: model.get(name, default) for name, default in _QUANTIZER_FIELDS.items()}
     if vq_type == "kmeans":
-        # The flag is Gumbel's, and fairseq ignores it here.
-        quantizer["vq_depth"] = 1
+        del quantizer["vq_depth"]  # Gumbel's; fairseq ignores it here
     return config | {"quantizer": quantizer}
 
 

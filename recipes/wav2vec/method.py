@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -27,37 +27,75 @@ from recipes.wav2vec.loss import StepPredictor, candidate_logits, step_hits, ste
 
 
 @dataclass
-class Wav2VecConfig:
-    """Published hyper-parameters.
+class QuantizerTrainingConfig:
+    """How the codebooks of the encoder's quantizer are trained; `kind` is the quantizer's."""
 
-    Gumbel: `vq_temp` is the temperature's start, its end and its decay per update; `diversity_loss_weight` multiplies
-    the entries that the softmax leaves unused, groups times entries less `prob_perplexity`. k-means: `vq_gamma` is the
-    weight of the commitment beside the codebook loss, `kmeans_loss_weight` that of both, `kmeans_init_std` the spread
-    of the first entries. Each is null without its quantizer.
+    VARIANTS: ClassVar[dict[str, type[QuantizerTrainingConfig]]] = {}
+
+    kind: str
+
+
+@dataclass
+class GumbelTrainingConfig(QuantizerTrainingConfig):
+    """`vq_temp` is the temperature's start, its end and its decay per update.
+
+    `diversity_loss_weight` multiplies the entries that the softmax leaves unused, groups times entries less
+    `prob_perplexity`.
     """
+
+    vq_temp: list[float]
+    diversity_loss_weight: float
+
+    def __post_init__(self) -> None:
+        if len(self.vq_temp) != 3:
+            raise ConfigError(
+                f"method.quantizer_training.vq_temp: {self.vq_temp}; give start, end and decay per update"
+            )
+
+
+@dataclass
+class KMeansTrainingConfig(QuantizerTrainingConfig):
+    """`vq_gamma` is the weight of the commitment beside the codebook loss, `kmeans_loss_weight` that of both.
+
+    `kmeans_init_std` is the spread of the first entries.
+    """
+
+    vq_gamma: float
+    kmeans_loss_weight: float
+    kmeans_init_std: float
+
+
+QuantizerTrainingConfig.VARIANTS.update(gumbel=GumbelTrainingConfig, kmeans=KMeansTrainingConfig)
+
+
+@dataclass
+class Wav2VecConfig:
+    """Published hyper-parameters; `quantizer_training` is of the kind of `encoder.quantizer`, null for wav2vec."""
 
     name: str
     encoder: Wav2VecEncoderConfig
     prediction_steps: int
     num_negatives: int
-    vq_temp: list[float] | None
-    diversity_loss_weight: float | None
-    vq_gamma: float | None
-    kmeans_loss_weight: float | None
-    kmeans_init_std: float | None
+    quantizer_training: QuantizerTrainingConfig | None
 
     def __post_init__(self) -> None:
-        quantizer = self.encoder.quantizer
-        used = "none" if quantizer is None else quantizer.vq_type
-        owners = dict.fromkeys(("vq_temp", "diversity_loss_weight"), "gumbel")
-        owners |= dict.fromkeys(("vq_gamma", "kmeans_loss_weight", "kmeans_init_std"), "kmeans")
-        for field, owner in owners.items():
-            if used == owner and getattr(self, field) is None:
-                raise ConfigError(f"method.{field}: missing; the quantizer {owner} needs it")
-            if used != owner and getattr(self, field) is not None:
-                raise ConfigError(f"method.{field}: belongs to the quantizer {owner}; set it to null")
-        if self.vq_temp is not None and len(self.vq_temp) != 3:
-            raise ConfigError(f"method.vq_temp: {self.vq_temp}; give start, end and decay per update")
+        used, trained = (block and block.kind for block in (self.encoder.quantizer, self.quantizer_training))
+        if used != trained:
+            raise ConfigError(
+                f"method.quantizer_training: is {trained or 'null'} where method.encoder.quantizer is "
+                f"{used or 'null'}; make both of one kind"
+            )
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """A block of before `quantizer_training`: its fields flat, null for the other quantizer."""
+        if "vq_temp" not in values:
+            return values
+        flat = ("vq_temp", "diversity_loss_weight", "vq_gamma", "kmeans_loss_weight", "kmeans_init_std")
+        given = {name: values[name] for name in flat if values.get(name) is not None}
+        kind = "gumbel" if "vq_temp" in given else "kmeans"
+        rest = {name: value for name, value in values.items() if name not in flat}
+        return rest | {"quantizer_training": {"kind": kind, **given} if given else None}
 
     @property
     def offset(self) -> int:
@@ -139,8 +177,9 @@ class Wav2VecMethod(Method):
     def __init__(self, config: Wav2VecConfig) -> None:
         super().__init__(config)
         self.encoder = Wav2VecEncoder(config.encoder)
-        if isinstance(self.encoder.vector_quantizer, KMeansVectorQuantizer):
-            torch.nn.init.normal_(self.encoder.vector_quantizer.embedding, std=config.kmeans_init_std)
+        if isinstance(config.quantizer_training, KMeansTrainingConfig):
+            std = config.quantizer_training.kmeans_init_std
+            torch.nn.init.normal_(self.encoder.vector_quantizer.embedding, std=std)
         target_dim, context_dim = self.encoder.hidden_sizes[0], self.encoder.hidden_sizes[-1]
         self.wav2vec_predictions = StepPredictor(context_dim, target_dim, config.prediction_steps)
 
@@ -156,8 +195,9 @@ class Wav2VecMethod(Method):
 
     def before_step(self, progress: Progress) -> None:
         """Set the temperature of this update."""
-        if isinstance(self.encoder.vector_quantizer, GumbelVectorQuantizer):
-            self.encoder.vector_quantizer.temperature = temperature_at(progress.update, *self.config.vq_temp)
+        training = self.config.quantizer_training
+        if isinstance(training, GumbelTrainingConfig):
+            self.encoder.vector_quantizer.temperature = temperature_at(progress.update, *training.vq_temp)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats per positive; `accuracy` the share of positives above all negatives, see `step_hits`."""
@@ -203,13 +243,15 @@ class Wav2VecMethod(Method):
         metrics["prob_perplexity"] = Ratio(quantized.prob_perplexity.detach(), 1.0)
         metrics["temperature"] = Ratio(torch.full((), quantizer.temperature, device=z.device), 1.0)
         unused = quantizer.groups * quantizer.num_vars - quantized.prob_perplexity
-        losses = {"diversity": self.config.diversity_loss_weight * unused} if self.config.diversity_loss_weight else {}
+        weight = self.config.quantizer_training.diversity_loss_weight
+        losses = {"diversity": weight * unused} if weight else {}
         return Targets(vectors.view(z.shape), codes.unflatten(0, z.shape[:2]), losses, metrics)
 
     def _kmeans(self, quantizer: KMeansVectorQuantizer, z: Tensor, batch: Batch) -> Targets:
         quantized = quantizer(z, batch.extras["valid"] if batch.padded else None)
-        loss = quantized.codebook_loss + self.config.vq_gamma * quantized.commitment_loss
-        losses = {"kmeans": self.config.kmeans_loss_weight * loss}
+        training = self.config.quantizer_training
+        loss = quantized.codebook_loss + training.vq_gamma * quantized.commitment_loss
+        losses = {"kmeans": training.kmeans_loss_weight * loss}
         codes = quantized.codes.flatten(0, 1).index_select(0, batch.extras["valid_positions"]).T
         counts = torch.zeros(quantizer.groups, quantizer.num_vars, device=z.device)
         counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype))

@@ -34,7 +34,8 @@ class OfficialWav2Vec(nn.Module):
         """Of the model's output: binary cross-entropy, and what the quantizer adds."""
         labels = self.model.get_targets(None, result)
         loss = F.binary_cross_entropy_with_logits(result["cpc_logits"].float(), labels.float(), reduction="sum")
-        weight = self.config.kmeans_loss_weight or self.config.diversity_loss_weight
+        training = self.config.quantizer_training
+        weight = getattr(training, "kmeans_loss_weight", 0) or getattr(training, "diversity_loss_weight", 0)
         return loss + weight * self.model.get_extra_losses(result) * batch.sample_size if weight else loss
 
 

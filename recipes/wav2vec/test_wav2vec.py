@@ -16,10 +16,11 @@ from recipe_checks import build, count, on_meta, perturb, train_recipe, two_wave
 from scipy.stats import chisquare
 from torch import Tensor
 
-from pretrain.config import ConfigError, compose_recipe, typed
+from pretrain.config import ConfigError, compose_recipe, encoder_config, typed, upgraded
 from pretrain.errors import UserError
 from pretrain.method import Batch, Example, Progress, StepOutput
 from pretrain.weights.interop.types import TrainedMethod
+from recipes.wav2vec.encoder import Wav2VecEncoderConfig
 from recipes.wav2vec.interop import FAIRSEQ_KEYS, to_s3prl
 from recipes.wav2vec.loss import step_hits
 from recipes.wav2vec.method import Wav2VecConfig, Wav2VecMethod
@@ -29,6 +30,7 @@ SMALL = (
     "method.encoder.conv_feature_layers=[[24,10,5],[24,8,4],[24,4,2],[24,4,2],[24,4,2],[24,1,1]]",
     "method.encoder.conv_aggregator_layers=[[24,2],[24,3],[24,5]]",
 )
+GUMBEL = {"kind": "gumbel", "vq_temp": [2.0, 0.5, 0.9], "diversity_loss_weight": 0.0}
 VARS = "method.encoder.quantizer.vq_vars=12"
 COMBINED, SEPARATE = (f"method.encoder.quantizer.combine_groups={shared}" for shared in ("true", "false"))
 CASES = {
@@ -109,7 +111,7 @@ def our_logits(method: Wav2VecMethod, batch: Batch) -> Tensor:
 )
 def test_logits_loss_terms_and_gradients_are_the_official_ones(case: str, training: bool) -> None:
     method = small(case).train(training)
-    if method.config.vq_temp is not None:
+    if case.startswith("gumbel"):
         method.before_step(Progress(0, 10, 0))
     batch = even_batch(method)
     assert not batch.padded
@@ -148,7 +150,7 @@ def test_logits_loss_terms_and_gradients_are_the_official_ones(case: str, traini
 
 def test_the_diversity_loss_is_the_official_extra_loss() -> None:
     recipe, *overrides = CASES["gumbel"]
-    method = build(recipe, *SMALL, *overrides, "method.diversity_loss_weight=0.3").eval()
+    method = build(recipe, *SMALL, *overrides, "method.quantizer_training.diversity_loss_weight=0.3").eval()
     batch = even_batch(method)
     theirs = official(method, batch).model
     extra = theirs.get_extra_losses(theirs(batch.waveforms))
@@ -338,22 +340,39 @@ def test_a_gumbel_model_at_the_start_uses_every_entry() -> None:
 
 def test_settings_that_belong_to_another_quantizer_are_refused() -> None:
     for recipe, field, problem in (
-        ("wav2vec_large", {"vq_temp": [2.0, 0.5, 0.9]}, r"method\.vq_temp: belongs to the quantizer gumbel"),
-        ("vq_wav2vec_gumbel", {"vq_temp": None}, r"method\.vq_temp: missing"),
-        ("vq_wav2vec_gumbel", {"vq_temp": [2.0]}, r"method\.vq_temp: .* start, end and decay"),
-        ("vq_wav2vec_kmeans", {"kmeans_loss_weight": None}, r"method\.kmeans_loss_weight: missing"),
-        ("vq_wav2vec_gumbel", {"kmeans_init_std": 1.0}, r"method\.kmeans_init_std: belongs to the quantizer kmeans"),
+        ("wav2vec_large", GUMBEL, r"quantizer_training: is gumbel where method\.encoder\.quantizer is null"),
+        ("vq_wav2vec_kmeans", GUMBEL, r"quantizer_training: is gumbel where method\.encoder\.quantizer is kmeans"),
+        ("vq_wav2vec_gumbel", None, r"quantizer_training: is null where method\.encoder\.quantizer is gumbel"),
+        ("vq_wav2vec_gumbel", {"kind": "gumbel", "diversity_loss_weight": 0.0}, r"training\.vq_temp: missing"),
+        ("vq_wav2vec_gumbel", GUMBEL | {"vq_temp": None}, r"training\.vq_temp: "),
+        ("vq_wav2vec_gumbel", GUMBEL | {"vq_temp": [2.0]}, r"training\.vq_temp: .* start, end and decay"),
+        ("vq_wav2vec_gumbel", GUMBEL | {"kmeans_init_std": 1.0}, r"training\.kmeans_init_std: no such option"),
     ):
         with pytest.raises(ConfigError, match=problem):
-            typed(Wav2VecConfig, compose_recipe(recipe)["method"] | field, "method")
+            typed(Wav2VecConfig, compose_recipe(recipe)["method"] | {"quantizer_training": field}, "method")
     for quantizer, problem in (
-        ({"vq_type": "vq"}, r"vq_type: unknown quantizer 'vq'"),
-        ({"vq_type": "kmeans"}, r"vq_depth: 2; k-means projects once"),
+        ({"kind": "vq"}, r"encoder\.quantizer\.kind: unknown kind 'vq'"),
+        ({"kind": None}, r"encoder\.quantizer\.kind: missing; state one of gumbel, kmeans"),
+        ({"kind": "kmeans"}, r"encoder\.quantizer\.vq_depth: no such option"),
     ):
         values = compose_recipe("vq_wav2vec_gumbel")["method"]
         values["encoder"]["quantizer"] |= quantizer
         with pytest.raises(ConfigError, match=problem):
             typed(Wav2VecConfig, values, "method")
+
+
+@pytest.mark.parametrize("recipe", ["wav2vec_large", "vq_wav2vec_gumbel", "vq_wav2vec_kmeans"])
+def test_a_configuration_of_before_the_kinds_is_read(recipe: str) -> None:
+    """Such files held every quantizer's fields, null where another quantizer's, and `vq_type`."""
+    config = typed(Wav2VecConfig, compose_recipe(recipe)["method"], "method")
+    values = asdict(config)
+    training, quantizer = values.pop("quantizer_training") or {}, values["encoder"]["quantizer"]
+    if quantizer is not None:
+        values["encoder"]["quantizer"] = {"vq_type": quantizer.pop("kind"), "vq_depth": 1} | quantizer
+    names = ("vq_temp", "diversity_loss_weight", "vq_gamma", "kmeans_loss_weight", "kmeans_init_std")
+    old = values | {name: training.get(name) for name in names}
+    assert typed(Wav2VecConfig, upgraded(Wav2VecConfig, old), "method") == config
+    assert encoder_config(Wav2VecEncoderConfig, old["encoder"]) == config.encoder
 
 
 def assert_learned(last: dict[str, float]) -> None:
@@ -375,12 +394,13 @@ def test_vq_wav2vec_learns_without_losing_its_codebooks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kmeans_learns_from_entries_as_large_as_the_frames(tmp_path: Path) -> None:
     """With the published spread of 0.01 all small models that were tried lost all codes but one at once."""
-    options = ["quantizer={vq_type:kmeans,combine_groups:true}", "log_compression=false"]
+    options = ["quantizer={kind:kmeans,vq_depth:null,combine_groups:true}", "log_compression=false"]
     last = train_recipe(
         "vq_wav2vec_tiny",
         tmp_path,
         *(f"method.encoder.{option}" for option in options),
-        "method={vq_temp:null,diversity_loss_weight:null,vq_gamma:0.25,kmeans_loss_weight:1.0,kmeans_init_std:1.0}",
+        "method.quantizer_training={kind:kmeans,vq_temp:null,diversity_loss_weight:null}",
+        "method.quantizer_training={vq_gamma:0.25,kmeans_loss_weight:1.0,kmeans_init_std:1.0}",
         "optimizer.lr=3e-3",
     )
     assert_learned(last)

@@ -19,6 +19,7 @@ from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.speech_encoder import ConvOutput
 from pretrain.objectives.collate import Stacked
+from pretrain.objectives.masking import frames_at
 from pretrain.objectives.quantized_targets import (
     MaskingCollator,
     QuantizedTargetsConfig,
@@ -112,12 +113,12 @@ class Wav2Vec2Method(QuantizedTargetsMethod):
         mask, positions = batch.extras["mask"], batch.extras["masked_positions"]
         features = self.encoder.features(batch.waveforms, batch.lengths_if_padded)
         hidden = self.encoder.context(features.projected, features.frame_lengths, mask)[-1]
-        masked = hidden.flatten(0, 1).index_select(0, positions)
+        masked = frames_at(hidden, positions)
         return features, self.final_proj(masked).view(len(mask), -1, self.config.final_dim)
 
     def quantize(self, features: ConvOutput, positions: Tensor) -> Quantized:
         """The codebook entries of the features at `positions` (N,), which are not masked."""
-        masked = self.encoder.layer_norm(features.conv.flatten(0, 1).index_select(0, positions))
+        masked = self.encoder.layer_norm(frames_at(features.conv, positions))
         return self.quantizer(dropout(masked, self.config.dropout_features, self.training))
 
     def logits(self, predictions: Tensor, quantized: Quantized, negatives: Tensor) -> Tensor:

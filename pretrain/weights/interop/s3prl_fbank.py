@@ -49,19 +49,23 @@ def front_end_of(audio: Mapping[str, Any]) -> dict[str, Any]:
             )
     return {
         "kind": "fbank",
+        "frame_step": 1,
+        "normalization": normalization_of(audio.get("cmvn", True)),
         "bins": audio["feat_dim"],
         "window": "hamming",
         "low_hz": 20.0,
         "deltas": 0,
-        "level_db": None,
-        "frame_step": 1,
-        "cmvn": audio.get("cmvn", True),
     }
+
+
+def normalization_of(cmvn: bool) -> dict[str, Any]:
+    """Our front end's `normalization` for s3prl's `cmvn`, over the utterance."""
+    return {"kind": "utterance" if cmvn else "none"}
 
 
 def audio_of(front_end: Mapping[str, Any]) -> dict[str, Any]:
     """s3prl's `audio` block; raises InteropError for a front end that its entry does not have."""
-    audio = {**FIXED_AUDIO, "feat_dim": front_end["bins"], "cmvn": front_end["cmvn"]}
+    audio = {**FIXED_AUDIO, "feat_dim": front_end["bins"], "cmvn": front_end["normalization"]["kind"] == "utterance"}
     if different := [name for name, value in front_end_of(audio).items() if front_end[name] != value]:
         raise InteropError(
             f"encoder.front_end.{different[0]}: {front_end[different[0]]!r} has no counterpart in s3prl, whose entry "
