@@ -35,6 +35,7 @@ from pretrain.config.encoders import (
     MAY_BE_ZERO,
     check_bounds,
     encoder_config,
+    typed_method,
 )
 from pretrain.config.strict import (
     ConfigError,
@@ -74,5 +75,6 @@ __all__ = [
     "run_config",
     "save_yaml",
     "typed",
+    "typed_method",
     "typed_values",
 ]
