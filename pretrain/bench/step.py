@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
-from pretrain.config import ConfigError, compose_recipe, typed
+from pretrain.config import ConfigError, compose_recipe, typed_method
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.targets import made_up_infos, made_up_targets
 from pretrain.method import Batch, Example, Method, load_method, load_reference_steps
@@ -87,7 +87,7 @@ class Subject:
         """
         values = compose_recipe(recipe)["method"]
         package = load_method(values["name"])
-        config = typed(package.Method.Config, values, "method")
+        config = typed_method(package.Method.Config, values)
         found = made_up_infos(package.Method.targets(config), LABEL_RATE_HZ)
         fitted = package.Method.fit_to_targets(config, found) if found else config
         return cls(package.Method, fitted, getattr(load_reference_steps(values["name"]), "REFERENCE_STEPS", {}))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, typed
+from pretrain.config import ConfigError, RunConfig, typed_method
 from pretrain.data.augment.augmenter import Augmenter, open_augmenter
 from pretrain.data.augment.options import AugmentError
 from pretrain.data.corpus import Corpus, open_corpus
@@ -98,7 +98,7 @@ def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method],
     ConfigError where utterances with transcripts would be cropped.
     """
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed(method_class.Config, config.method, "method")
+    method_config = typed_method(method_class.Config, config.method)
     wanted = method_class.targets(method_config)
     if any(spec.kind == "symbols" for spec in wanted) and not config.crop.whole:
         raise ConfigError(
