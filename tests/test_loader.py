@@ -15,6 +15,8 @@ from small_run import write_data
 
 from pretrain.config import compose_recipe, typed
 from pretrain.data.audio import AudioError
+from pretrain.data.augment.augmenter import open_augmenter
+from pretrain.data.augment.options import AugmentConfig, Babble, Mixing, Noise
 from pretrain.data.labels import LabelSet
 from pretrain.data.loader import MAX_REPLACEMENTS, MicroBatchReader, batches, check_files
 from pretrain.data.manifest import Manifest
@@ -182,6 +184,107 @@ def test_whole_utterances_are_read_to_their_end(corpus: Path) -> None:
         assert batch.waveforms.shape == (len(planned.rows), longest)
     assert padded
     assert cropped
+
+
+def with_noise(reader: MicroBatchReader, folder: Path) -> MicroBatchReader:
+    """`reader` with noise, mixing and babble of its own corpus on nearly every example."""
+    options = AugmentConfig(
+        mixing=Mixing(0.6, [-5.0, 5.0]), babble=Babble(0.5, [5.0, 15.0], [1, 3]), noise=Noise(0.6, [0.0, 10.0])
+    )
+    reader.augmenter = open_augmenter(options, str(folder / "data" / "valid.tsv"), None, reader.manifest)
+    return reader
+
+
+def test_augmentation_alters_waveforms_and_nothing_else(corpus: Path) -> None:
+    plain, noisy = make_reader(corpus), with_noise(make_reader(corpus), corpus)
+    changed = []
+    for left, right in zip(read(plain, 12, 0), read(noisy, 12, 0), strict=True):
+        changed += (left.waveforms != right.waveforms).any(1).tolist()
+        assert left.waveforms.shape == right.waveforms.shape
+        assert right.waveforms.isfinite().all()
+        left.waveforms = right.waveforms
+        assert same(left, right)
+    assert 0.6 < np.mean(changed) < 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_the_same_with_workers_and_after_a_restart(corpus: Path, workers: int) -> None:
+    from_start = read(with_noise(make_reader(corpus), corpus), 12, 0)
+    again = read(with_noise(make_reader(corpus), corpus), 12, workers)
+    restarted = read(with_noise(make_reader(corpus), corpus), 4, workers, first_step=2)
+    assert all(same(left, right) for left, right in zip(from_start, again, strict=True))
+    assert all(same(left, right) for left, right in zip(from_start[8:], restarted, strict=True))
+    other = read(with_noise(make_reader(corpus, seed=4), corpus), 12, 0)
+    assert not any(torch.equal(left.waveforms, right.waveforms) for left, right in zip(other, again, strict=True))
+
+
+class Clean(Keep):
+    """A collator that asks for waveforms before augmentation too."""
+
+    reads_clean_audio = True
+
+
+def test_the_clean_waveform_is_there_where_it_is_asked_for(corpus: Path) -> None:
+    plain, noisy = make_reader(corpus), with_noise(make_reader(corpus), corpus)
+    planned, altered = plain.plan.micro_batch(0), 0
+    plain.collator = expected = Keep()
+    plain[planned]
+    for reader in (plain, noisy):
+        reader.collator = kept = Clean()
+        reader[planned]
+        for example, clean in zip(kept.examples, expected.examples, strict=True):
+            assert clean.clean_waveform is None
+            assert example.clean_waveform is not None
+            assert torch.equal(example.clean_waveform, clean.waveform)
+            altered += not torch.equal(example.waveform, clean.waveform)
+            assert reader is noisy or not altered
+    assert altered
+
+
+class Pairs(Keep):
+    """A collator that asks for two crops of every row."""
+
+    crops_per_example = 2
+
+
+def test_two_crops_of_every_row(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    starts, numbers = [], []
+    for epoch in range(4):
+        longest = np.argsort(reader.manifest.lengths)[-3:]
+        for copies in (None, np.array([1, 1, 1])):
+            planned = MicroBatch(epoch, longest, 8_400, copies)
+            reader.collator = single = Keep()
+            reader[planned]
+            reader.collator = pairs = Pairs()
+            reader[planned]
+            assert [e.row for e in pairs.examples] == np.repeat(longest, 2).tolist()
+            for alone, first, second in zip(single.examples, pairs.examples[::2], pairs.examples[1::2], strict=True):
+                assert first.start == alone.start
+                assert torch.equal(first.waveform, alone.waveform)
+                drawn = [example.rng.random() for example in (alone, first, second)]
+                assert drawn[0] == drawn[1]
+                numbers += drawn[1:]
+                starts.append((first.start, second.start))
+                whole, _ = soundfile.read(reader.manifest.path(second.row), dtype="float32")
+                np.testing.assert_array_equal(second.waveform.numpy(), whole[second.start : second.start + 8_400])
+                assert second.start % 320 == 0
+    assert len(set(numbers)) == len(numbers) == 48
+    assert np.mean([first != second for first, second in starts]) > 0.5
+
+
+def test_the_crops_of_an_unreadable_row_are_replaced_together(own_corpus: Path) -> None:
+    reader = make_reader(own_corpus)
+    planned = reader.plan.micro_batch(0)
+    bad = int(planned.rows[0])
+    Path(reader.manifest.path(bad)).unlink()
+    reader.collator = kept = Pairs()
+    batch = reader[planned]
+    rows = [example.row for example in kept.examples]
+    assert rows[::2] == rows[1::2]
+    assert bad not in rows
+    assert len(rows) == 2 * len(planned.rows)
+    assert all(problem.startswith(reader.manifest.path(bad)) for problem in batch.problems)
 
 
 class LabelsOnly(Keep):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+BLOCK_SAMPLES = 1 << 16
+
 
 def power(waveform: np.ndarray) -> float:
     """Mean square; 0 for silence."""
@@ -31,24 +33,31 @@ def reverberate(waveform: np.ndarray, response: np.ndarray) -> np.ndarray:
     The peak of the response, which is the direct path, is moved to time 0, so that frame labels keep their places; what
     rings on beyond the end is cut. Where the result would be silent, the waveform is returned as it is.
     """
-    samples, peak = len(waveform), int(np.abs(response).argmax())
-    size = fft_size(samples + len(response) - 1)
-    spectrum = np.fft.rfft(waveform, size) * np.fft.rfft(response, size)
-    wet = np.fft.irfft(spectrum, size)[peak : peak + samples].astype(np.float32)
+    peak = int(np.abs(response).argmax())
+    wet = convolve(waveform, response)[peak : peak + len(waveform)]
     wet_power = power(wet)
     if wet_power <= 0:
         return waveform
     return wet * np.float32(np.sqrt(power(waveform) / wet_power))
 
 
-def fft_size(samples: int) -> int:
-    """The smallest number from `samples` on without prime factors beyond 5: such transforms are the fastest."""
-    best = 1 << (samples - 1).bit_length()
-    five = 1
-    while five < best:
-        odd = five
-        while odd < best:
-            best = min(best, odd << max(0, (-(-samples // odd) - 1).bit_length()))
-            odd *= 3
-        five *= 5
-    return best
+def convolve(waveform: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """(T,) and (R,) to their whole convolution (T + R - 1,), by FFT of blocks whose tails are added to the next ones.
+
+    Blocks that fit the processor's cache take about half the time of one transform of 15 s.
+    """
+    samples, taps = len(waveform), len(response)
+    size = max(BLOCK_SAMPLES, _power_of_two(2 * taps))
+    size = min(size, _power_of_two(samples + taps - 1))
+    hop = size - taps + 1
+    blocks = np.zeros((-(-samples // hop), hop), np.float32)
+    blocks.reshape(-1)[:samples] = waveform
+    convolved = np.fft.irfft(np.fft.rfft(blocks, size) * np.fft.rfft(response, size), size)
+    total = np.zeros(blocks.size + taps - 1, np.float32)
+    for index, block in enumerate(convolved):
+        total[index * hop : index * hop + size] += block
+    return total[: samples + taps - 1]
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
