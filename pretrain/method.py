@@ -309,6 +309,8 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type]
+    # Sub-modules that have a use after training and go into native exports beside the encoder: a CTC head, a decoder.
+    exported_heads: ClassVar[tuple[str, ...]] = ()
     encoder: Encoder
 
     def __init__(self, config: Any) -> None:
@@ -354,13 +356,6 @@ class Method(nn.Module):
         group is left as it is, its moments and its weight decay included, and counts nothing in the gradient norm.
         """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-
-    def exported(self) -> dict[str, Encoder]:
-        """What an export holds beside `encoder`, by name: heads or decoders that have a use of their own.
-
-        Each is written as `<name>.safetensors` and built again by its class' `from_config`.
-        """
-        return {}
 
     def training_flops(self, samples: int) -> float:
         """Floating-point operations of one training step on one waveform of `samples`."""

@@ -68,7 +68,7 @@ class PairMethod(HubertMethod):
             "pairs": Ratio((batch.rows[::2] == batch.rows[1::2]).sum(), rows // 2),
             "distance": Ratio(error.detach() * rows, rows),
         }
-        return StepOutput(output.loss + batch.sample_size * error, output.metrics | metrics)
+        return output._replace(mean=output.mean + error, metrics=output.metrics | metrics)
 
 
 def build(data: Path, output: Path, resources: ExitStack, *options: str) -> Trainer:

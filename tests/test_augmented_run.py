@@ -96,7 +96,7 @@ def test_audio_is_in_tensorboard(unbroken: Path) -> None:
 
 def test_the_run_says_what_it_does(data: Path, world: World, tmp_path: Path) -> None:
     with ExitStack() as resources:
-        notes = build(data, tmp_path / "out", resources, "augment.noise=null", "data.workers=0").notes
+        notes = build(data, tmp_path / "out", resources, "augment.noise=null", "data.workers=0").run.notes
     assert (
         "augmentation of training examples, each stage by itself: reverberation 30% from 1 files, "
         "mixing 50% at -5 to 5 dB, babble 30% at 5 to 15 dB from 16 files"

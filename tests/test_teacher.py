@@ -243,7 +243,7 @@ def test_a_run_with_teachers_resumes_without_their_files_and_exports_without_the
     fit("broken", 1, frozen)
     (tmp_path / "teacher" / "encoder.safetensors").unlink()
     trainer = fit("broken", 2, frozen)
-    assert any("resuming from" in note for note in trainer.notes)
+    assert any("resuming from" in note for note in trainer.run.notes)
     runs = [tmp_path / name / "checkpoints" / "step_00000002" for name in ("unbroken", "broken")]
     for name in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
         unbroken, broken = (load_file(run / name) for run in runs)

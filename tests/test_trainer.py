@@ -132,11 +132,11 @@ def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, mon
 
 def test_a_run_in_bf16_says_what_the_precision_check_found(build: Build) -> None:
     found = "precision: bf16; on equal inputs no layer differs from fp32 by more than 0."
-    assert any(note.startswith(found) for note in build("precision=bf16").notes)
+    assert any(note.startswith(found) for note in build("precision=bf16").run.notes)
 
 
 def test_the_precision_check_can_be_switched_off(build: Build) -> None:
-    assert not any("precision" in note for note in build("precision=bf16", "trainer.precision_check=false").notes)
+    assert not any("precision" in note for note in build("precision=bf16", "trainer.precision_check=false").run.notes)
 
 
 class Counting(SmallMethod):

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,8 +178,11 @@ def _steps(run_dir: Path) -> list[Path]:
     return sorted(found)
 
 
-def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Hashes every `parts`-th file; sizes are checked for all of them."""
+def damage(checkpoint: Path, part: int = 0, parts: int = 1, names: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None.
+
+    Sizes are checked for all files; hashed is every `parts`-th one, or those in `names` alone, for a reader of these.
+    """
     try:
         files = json.loads((checkpoint / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -188,16 +191,16 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             return f"{path}: missing or of another size than complete.json says"
-        if index % parts == part:
+        if index % parts == part and (names is None or name in names):
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                     return f"{path}: content differs from complete.json"
     return None
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, verified; for one process."""
-    return next((step for step in reversed(_steps(run_dir)) if damage(step) is None), None)
+def newest_checkpoint(run_dir: Path, names: Collection[str] | None = None) -> Path | None:
+    """The newest complete checkpoint of a run folder whose files `names` (None: all) are verified; for one process."""
+    return next((step for step in reversed(_steps(run_dir)) if damage(step, names=names) is None), None)
 
 
 def find_resumable(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:

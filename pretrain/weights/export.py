@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pretrain.config import nearest
 from pretrain.method import Encoder, load_interop, load_method
 from pretrain.weights.download import file_sha256
@@ -47,7 +49,10 @@ def export(config: ExportConfig) -> str:
         trained = replace(trained, kmeans_dir=find_kmeans(Path(config.kmeans)))
     output, usage = Path(config.output), ""
     if config.format == "native":
-        write_native(trained.method_name, _encoder(trained, config.checkpoint), output, trained.kmeans_dir)
+        heads = load_method(trained.method_name).Method.exported_heads
+        tensors = {key: value for key, value in trained.head_state().items() if key.split(".")[0] in heads}
+        encoder = _encoder(trained, config.checkpoint)
+        write_native(trained.method_name, encoder, output, trained.kmeans_dir, tensors, trained.config)
     elif config.format == "s3prl":
         usage = _write_s3prl(output, interop_of(trained.method_name).to_s3prl(trained))
     else:
@@ -62,13 +67,24 @@ def formats_of(method_name: str) -> list[str]:
     return ["native", *(name for name, function in _FOREIGN_FORMATS.items() if hasattr(interop, function))]
 
 
-def write_native(method_name: str, encoder: Encoder, directory: Path, kmeans_dir: Path | None = None) -> None:
+def write_native(
+    method_name: str,
+    encoder: Encoder,
+    directory: Path,
+    kmeans_dir: Path | None = None,
+    heads: dict[str, Tensor] | None = None,
+    method_config: dict[str, Any] | None = None,
+) -> None:
     """Write config.json, encoder.safetensors and, where given, a copy of the k-means model; appears in one move.
 
-    config.json lists every file with its sha256, so that the directory can be fetched from a plain web server.
+    `heads` are the tensors of a method's `exported_heads` (heads.safetensors), which `method_config` builds again
+    (`pretrain.weights.read.load_head`). config.json lists every file with its sha256, so that the directory can be
+    fetched from a plain web server.
     """
     with new_directory(directory) as folder:
         write_safetensors(folder / "encoder.safetensors", encoder.state_dict())
+        if heads:
+            write_safetensors(folder / "heads.safetensors", heads)
         if kmeans_dir is not None:
             shutil.copytree(kmeans_dir, folder / "kmeans")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -77,6 +93,7 @@ def write_native(method_name: str, encoder: Encoder, directory: Path, kmeans_dir
             "version": NATIVE_VERSION,
             "method": method_name,
             "encoder": encoder.to_config(),
+            **({"config": method_config} if heads else {}),
             "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
         }
         write_json(folder / "config.json", content)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pretrain.config import upgraded
+from pretrain.config import nearest, typed_method, upgraded
 from pretrain.method import Encoder, Method, load_interop, load_method, method_names
 from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
 from pretrain.weights.download import fetch, is_url
@@ -20,6 +20,7 @@ from pretrain.weights.interop.files import read_huggingface, read_json, read_saf
 from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod, errors_name
 
 NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
+TRAINED_FILES = ("model.safetensors", "config.yaml")  # of a checkpoint: all that is read of it here
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Weights:
     """An encoder's plain config and tensors, the method's other tensors where the source has them, and its origin.
 
     `kmeans_dir` holds the k-means model that travelled with the weights, if any. `config_file` is where the config
-    stands, for messages, where that is not the origin itself.
+    stands, for messages, where that is not the origin itself. `method_config` is the method's whole block, where the
+    source has it.
     """
 
     method_name: str
@@ -37,6 +39,7 @@ class Weights:
     head_state: dict[str, Tensor] = field(default_factory=dict)
     kmeans_dir: Path | None = None
     config_file: str = ""
+    method_config: dict[str, Any] | None = None
 
     def build_encoder(self, changes: dict[str, Any] | None = None) -> Encoder:
         """The encoder with fresh weights, `changes` put into its configuration.
@@ -84,16 +87,17 @@ def load_trained(path: str | Path) -> TrainedMethod:
     Raises InteropError for anything else, for a half-written checkpoint, and for one without weights.
     """
     path = Path(path)
-    step = _newest(path) or path
+    newest = newest_checkpoint(path, TRAINED_FILES) if (path / "checkpoints").is_dir() else None
+    step = newest or path
     if (step / "checkpoints").is_dir():
         raise InteropError(f"{path}: no complete checkpoint under checkpoints/; train on, or give another run")
     if not (step / COMPLETE).is_file():
         is_checkpoint = any((step / name).exists() for name in ("model.safetensors", "state.json", "config.yaml"))
         problem = f"{COMPLETE} is missing, so it was never finished" if is_checkpoint else "not a checkpoint"
         raise InteropError(f"{step}: {problem}; give a run folder, or a checkpoint folder step_* that is complete")
-    if step == path and (problem := damage(step)):
+    if newest is None and (problem := damage(step, names=TRAINED_FILES)):
         raise InteropError(f"{problem}; give another checkpoint, or the run folder for its newest undamaged one")
-    if missing := [name for name in ("model.safetensors", "config.yaml") if not (step / name).is_file()]:
+    if missing := [name for name in TRAINED_FILES if not (step / name).is_file()]:
         raise InteropError(f"{step}: {', '.join(missing)}: missing, so it holds no weights; give another checkpoint")
     config = yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]
     config = upgraded(load_method(config["name"]).Method.Config, config)
@@ -179,6 +183,23 @@ def load_encoder(path_or_url: str | Path, method_name: str | None = None) -> Enc
     return encoder
 
 
+def load_head(path: str | Path, name: str) -> nn.Module:
+    """The sub-module `name` of the method (one of its `exported_heads`) behind a run, a checkpoint or a native export.
+
+    Returned in eval mode. Raises InteropError where the source holds no such head.
+    """
+    weights = read_weights(path)
+    state = {key.removeprefix(f"{name}."): v for key, v in weights.head_state.items() if key.startswith(f"{name}.")}
+    if not state or weights.method_config is None:
+        known = sorted({key.split(".")[0] for key in weights.head_state})
+        raise InteropError(f"{weights.origin}: holds no head '{name}'; {nearest(name, known) if known else 'no heads'}")
+    method_class: type[Method] = load_method(weights.method_name).Method
+    with errors_name(weights.config_file or weights.origin):
+        head = method_class(typed_method(method_class.Config, weights.method_config)).get_submodule(name)
+    load_strictly(head, state, weights.origin)
+    return head.eval()
+
+
 def load_strictly(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """`module.load_state_dict`, strict, with an error that names the origin of the tensors."""
     try:
@@ -195,17 +216,14 @@ def interop_of(method_name: str) -> ModuleType:
     return interop
 
 
-def _newest(run: Path) -> Path | None:
-    """The run's newest complete checkpoint; None where it has none, or `run` is no run folder."""
-    return newest_checkpoint(run) if (run / "checkpoints").is_dir() else None
-
-
 def _run_or_checkpoint(path: Path) -> Weights:
-    step = _newest(path)
     export = path / "export"
-    if step is None and (export / "config.json").is_file():
+    try:
+        trained = load_trained(path)
+    except InteropError:
+        if not (export / "config.json").is_file():
+            raise
         return _native(export, read_json(export / "config.json"))
-    trained = load_trained(step or path)
     return Weights(
         trained.method_name,
         str(path),
@@ -213,6 +231,7 @@ def _run_or_checkpoint(path: Path) -> Weights:
         trained.encoder_state(),
         trained.head_state(),
         trained.kmeans_dir,
+        method_config=trained.config,
     )
 
 
@@ -234,14 +253,16 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
         if not isinstance(config.get(name), kind):
             problem = f"{config[name]!r} is no {kind.__name__}" if name in config else "missing"
             raise InteropError(f"{path / 'config.json'}: {name}: {problem}; copy or download it again")
-    kmeans = path / "kmeans"
+    kmeans, heads = path / "kmeans", path / "heads.safetensors"
     return Weights(
         config["method"],
         str(path),
         config["encoder"],
         read_safetensors(path / "encoder.safetensors"),
+        read_safetensors(heads) if heads.is_file() else {},
         kmeans_dir=kmeans if kmeans.is_dir() else None,
         config_file=str(path / "config.json"),
+        method_config=config.get("config"),
     )
 
 

@@ -129,6 +129,7 @@ class UniSpeechMethod(QuantizedTargetsMethod):
     """
 
     Config = UniSpeechConfig
+    exported_heads = ("ctc_proj",)
     config: UniSpeechConfig
 
     def __init__(self, config: UniSpeechConfig) -> None:
