@@ -10,7 +10,7 @@ from small_method import MICRO_BATCHES, OPTIMIZER, ROWS, SmallConfig, micro_batc
 from torch import Tensor, nn
 
 from pretrain.method import Batch, Method, Progress, StepOutput
-from pretrain.models.batch_norm import BatchNorm, settle_statistics
+from pretrain.models.batch_norm import BatchNorm, update_running_statistics
 from pretrain.models.teacher import Teacher, linear_ramp
 from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
@@ -72,7 +72,7 @@ def taught_updates(engine: Engine, world: World, first: int, last: int) -> Itera
             loss = step_loss(engine.forward, update, place)
             engine.backward(loss * world.size, last=index == accumulation - 1)
         assert engine.step(rate(update), torch.zeros(()))
-        settle_statistics(engine.method, applied=True)
+        update_running_statistics(engine.method, applied=True)
         engine.method.after_step(Progress(update + 1, UPDATES, seed=1))
         yield engine.weights(keep=True)
 
@@ -88,7 +88,7 @@ def plain_torch() -> list[dict[str, Tensor]]:
         nn.utils.clip_grad_norm_(trained, OPTIMIZER.clip_norm)
         optimizer.param_groups[0]["lr"] = rate(update)
         optimizer.step()
-        settle_statistics(method, applied=True)
+        update_running_statistics(method, applied=True)
         before = {name: value.detach() for name, value in method.teacher.network.state_dict().items()}
         student = method.encoder.state_dict()
         method.teacher.network.load_state_dict(averaged(before, student, decay(update + 1)))
