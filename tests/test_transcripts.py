@@ -182,7 +182,7 @@ def test_a_method_gets_transcripts_and_its_symbols_stay_with_the_checkpoint(
     assert not any(batch.problems for batch in batches)
     assert any(batch.padded for batch in batches)
     symbols = trainer.engine.method.config.symbols
-    assert trainer.resolved["method"]["symbols"] == symbols == trainer.state.identity["method"]["symbols"]
+    assert trainer.run.resolved["method"]["symbols"] == symbols == trainer.state.identity["method"]["symbols"]
     assert read_dictionary(tmp_path / "out" / "run" / "dict.phones.txt", "data.dictionary") == symbols
     assert json.loads(json.dumps(trainer.state.identity)) == trainer.state.identity
-    assert yaml.safe_load(yaml.safe_dump(trainer.resolved)) == trainer.resolved
+    assert yaml.safe_load(yaml.safe_dump(trainer.run.resolved)) == trainer.run.resolved
