@@ -1,4 +1,4 @@
-"""What engine, checkpoints and teachers are tested on with two processes; one launch: torchrun two_ranks.py <folder>."""
+"""What engine, checkpoints and teachers are tested on with two processes, started by torchrun two_ranks.py <folder>."""
 
 from __future__ import annotations
 
