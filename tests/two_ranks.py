@@ -1,4 +1,4 @@
-"""What two ranks find: torchrun starts this, and writes `two_ranks.json` into the folder that it is given."""
+"""What engine, checkpoints and teachers are tested on with two processes, started by torchrun two_ranks.py <folder>."""
 
 from __future__ import annotations
 
