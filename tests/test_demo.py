@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_python
 
+from pretrain.config import ConfigError
 from tools import demo
 
 
@@ -70,17 +71,36 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
+def test_the_second_iteration_learns_the_units_of_the_first_for_half_as_long() -> None:
+    lines = demo.commands(demo.DemoOptions(output="here", precision="bf16", updates=400), ranks=2)
+    first, second = (line for line in lines if "train.py" in line)
+    assert "name=iter1 schedule.total_updates=400" in first
+    assert "data.labels=here/labels2 name=iter2 init_from=here/iter1" in second
+    assert second.endswith("schedule.total_updates=200")
+    assert all("precision=bf16" in line and "output_dir=here" in line for line in (first, second))
+
+
+@pytest.mark.parametrize(("option", "value"), [("precision", "fp8"), ("updates", 100)])
+def test_an_option_that_cannot_be_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: "):
+        demo.DemoOptions(**{option: value})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_demo_keeps_its_promise(precision: str, tmp_path: Path) -> None:
-    """Minutes: the whole demo. The bounds leave room below what three seeds reached."""
+@pytest.mark.parametrize(
+    ("precision", "updates", "accuracy", "pnmi"),
+    # On a CPU without bf16 units an update in bf16 takes three times as long, so half of them must do.
+    [("fp32", 800, 0.6, 0.58), ("bf16", 400, 0.45, 0.45)],
+)
+def test_the_demo_keeps_its_promise(precision: str, updates: int, accuracy: float, pnmi: float, tmp_path: Path) -> None:
+    """The whole demo, which takes minutes. Untrained, the best layer has an accuracy of 0.314."""
     folder = tmp_path / "demo"
-    done = run_python([str(ROOT / "tools" / "demo.py"), f"output={folder}", f"precision={precision}"])
+    options = [f"output={folder}", f"precision={precision}", f"updates={updates}"]
+    done = run_python([str(ROOT / "tools" / "demo.py"), *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("Training raised the phone accuracy of the best layer")
     probe = json.loads((folder / "iter2" / "probe" / "probe.json").read_text())
     trained, untrained = (demo.best_layer(probe, kind)["accuracy"] for kind in ("upstream", "untrained"))
-    assert trained >= 1.3 * untrained
-    assert trained >= 0.55
-    # Those of MFCC, which iteration 1 learned from, have 0.634.
-    assert demo.unit_quality(folder / "labels2") >= 0.5
+    assert trained >= max(accuracy, 1.4 * untrained)
+    # Of what the network of iteration 1 knows; the MFCC that it learned from have 0.634.
+    assert demo.unit_quality(folder / "labels2") >= pnmi

@@ -6,7 +6,8 @@ network with the same one untrained; where training did not help they say so, an
 synthetic speech: the figures say that the parts work together, no more.
 
 Everything is written to `output`, counted from the repository's root: outputs/demo, which is made anew each time, or a
-folder that is not there yet. `precision` and `seed` are those of the training.
+folder that is not there yet. `precision` and `seed` are those of the training; `updates` is the length of the first
+iteration, and the second takes half as many: fewer end sooner, and more go further.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SAMPLE = Path("pretrain/data/sample")
 MAX_RANKS = 2  # hubert_demo has two micro-batches in an update
 LAYER = 2  # whose units the second iteration predicts
 CLUSTERS = 100
-SECOND_UPDATES = 400
+MIN_UPDATES = 200  # half of them must be more than the warm-up of hubert_demo, 50
 
 
 @dataclass
@@ -44,10 +45,13 @@ class DemoOptions:
     output: str = DEFAULT_OUTPUT
     precision: str = "auto"
     seed: int = 1337
+    updates: int = 800
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")
+        if self.updates < MIN_UPDATES:
+            raise ConfigError(f"updates: {self.updates} are too few; take at least {MIN_UPDATES}")
 
 
 def commands(options: DemoOptions, ranks: int) -> list[str]:
@@ -62,11 +66,11 @@ def commands(options: DemoOptions, ranks: int) -> list[str]:
     return [
         f"python tools/prepare_manifest.py audio_dir={SAMPLE} output={folder}/data valid_percent=10",
         f"{labels} features=mfcc output={folder}/labels1",
-        f"{train} data.labels={folder}/labels1 name=iter1",
+        f"{train} data.labels={folder}/labels1 name=iter1 schedule.total_updates={options.updates}",
         f"{labels} features=upstream checkpoint={folder}/iter1 layer={LAYER} output={folder}/labels2",
         # The second goes on from the weights of the first, with half its updates: minutes are too few to begin anew.
         f"{train} data.labels={folder}/labels2 name=iter2 init_from={folder}/iter1 init_head=reset "
-        f"schedule.total_updates={SECOND_UPDATES}",
+        f"schedule.total_updates={options.updates // 2}",
         f"{export} format=s3prl output={folder}/hubert.pt",
         f"{export} format=huggingface output={folder}/huggingface",
         f"python tools/probe.py upstream={folder}/iter2 task=phone {phones}",
