@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.config import nearest, recipe_method_block, recipe_names
 from pretrain.method import Encoder, load_method, method_names
-from pretrain.weights.interop.types import InteropError
+from pretrain.weights.interop.types import InteropError, errors_name
 from pretrain.weights.read import load_strictly, read_weights
 
 if TYPE_CHECKING:
@@ -54,11 +54,14 @@ class Upstream(nn.Module):
         self.normalize = normalize
         if path_or_url is None:
             self.method_name, config = _untrained(name, randomize)
-            self.encoder = _build(self.method_name, config, extra_conf)
+            _check_fields(config, extra_conf)
+            with errors_name(f"name: {name}"):
+                self.encoder = load_method(self.method_name).Encoder.from_config({**config, **(extra_conf or {})})
             return
         weights = read_weights(path_or_url, None if name is None else _method_of(name), refresh)
         self.method_name = weights.method_name
-        self.encoder = _build(self.method_name, weights.encoder_config, extra_conf)
+        _check_fields(weights.encoder_config, extra_conf)
+        self.encoder = weights.build_encoder(extra_conf)
         if not randomize:
             load_strictly(self.encoder, weights.encoder_state, weights.origin)
             self._kmeans_dir = weights.kmeans_dir
@@ -151,11 +154,11 @@ def _match_length(hidden: Tensor, frames: int) -> Tensor:
     return hidden[:, :frames]
 
 
-def _build(method_name: str, config: dict[str, Any], extra_conf: dict[str, Any] | None) -> Encoder:
+def _check_fields(config: dict[str, Any], extra_conf: dict[str, Any] | None) -> None:
+    """Raise InteropError for a field of `extra_conf` that the encoder's `config` does not have."""
     for key in extra_conf or {}:
         if key not in config:
             raise InteropError(f"extra_conf: {key}: no field of this encoder; {nearest(key, list(config))}")
-    return load_method(method_name).Encoder.from_config({**config, **(extra_conf or {})})
 
 
 def _method_of(name: str) -> str:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from small_hubert import small_method
 
-from pretrain.config import MAX_LAYERS, MAX_SIZE, ConfigError, encoder_config
+from pretrain.config import MAX_LAYERS, MAX_SIZE, ConfigError, compose_recipe, encoder_config, typed_method
 from pretrain.errors import UserError
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
+from pretrain.upstream import Upstream
+from pretrain.weights.export import write_native
+from pretrain.weights.interop.files import write_huggingface
+from pretrain.weights.interop.types import InteropError, TrainedMethod
+from recipes.hubert.interop import to_huggingface
+from recipes.hubert.method import HubertConfig
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -97,3 +107,85 @@ def test_bounds_reach_nested_blocks_and_metadata_allows_zero() -> None:
     assert encoder_config(FrontEndConfig, values).deltas == 0
     with pytest.raises(ConfigError, match=r"^encoder\.front_end\.deltas: -1 is out of range; give 0"):
         encoder_config(FrontEndConfig, values | {"deltas": -1}, "encoder.front_end")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small HuBERT as a native export and as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("exports")
+    method = small_method()
+    write_native("hubert", method.encoder, folder / "native")
+    config = {"name": "hubert", "encoder": method.encoder.to_config()}
+    write_huggingface(
+        folder / "huggingface", to_huggingface(TrainedMethod("hubert", config, dict(method.state_dict())))
+    )
+    return {name: folder / name for name in ("native", "huggingface")}
+
+
+def changed(source: Path, target: Path, block: str | None, changes: dict[str, Any]) -> Path:
+    """A copy of an export whose config.json has `changes` in its `block`; None takes a field away."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    inside = config if block is None else config[block]
+    inside |= changes
+    for name in [name for name, value in changes.items() if value is None]:
+        del inside[name]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "problem"),
+    [
+        ("native", {"encoder_layers": "many"}, r"encoder\.encoder_layers: .*many"),
+        ("native", {"encoder_layers": -2}, r"encoder\.encoder_layers: -2 is out of range"),
+        ("native", {"encoder_embed_dim": 10**12}, r"encoder\.encoder_embed_dim: 10{12} is out of range"),
+        ("native", {"encoder_embed_dim": None}, r"encoder\.encoder_embed_dim: missing"),
+        ("native", {"encoder_embed_dims": 8}, r"encoder\.encoder_embed_dims: no such option; did you mean"),
+        ("native", {"encoder_attention_heads": 7}, r"encoder\.encoder_attention_heads: 7 does not divide"),
+        ("native", {"extractor_mode": "${oc.env:HOME}"}, r"extractor_mode: unknown mode '\$\{oc\.env:HOME\}'"),
+        ("huggingface", {"num_hidden_layers": "many"}, r"encoder\.encoder_layers: .*many"),
+        ("huggingface", {"hidden_size": -48}, r"encoder\.encoder_embed_dim: -48 is out of range"),
+        ("huggingface", {"conv_dim": 512}, "conv_dim, conv_kernel, conv_stride: .*512"),
+        ("huggingface", {"conv_kernel": [10, 3]}, "give three lists of one length"),
+        ("huggingface", {"feat_extract_norm": "batch"}, "feat_extract_norm: 'batch' is not supported, only group and"),
+        ("huggingface", {"feat_extract_norm": ["${x}"]}, "its configuration makes no network|not supported"),
+    ],
+)
+def test_a_wrong_config_json_names_file_and_field(
+    kind: str, changes: dict[str, Any], problem: str, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    path = changed(exports[kind], tmp_path / "wrong", "encoder" if kind == "native" else None, changes)
+    with pytest.raises(InteropError, match=rf"^{re.escape(str(path))}/config\.json: .*{problem}"):
+        Upstream(None, path)
+
+
+@pytest.mark.parametrize("name", ["method", "encoder"])
+def test_an_export_without_its_parts_is_refused(name: str, exports: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(exports["native"], tmp_path / "wrong", None, {name: None})
+    with pytest.raises(InteropError, match=rf"config\.json: {name}: missing"):
+        Upstream(None, path)
+
+
+def test_an_interop_error_is_a_value_error(exports: dict[str, Path]) -> None:
+    """As s3prl's users expect of an upstream that cannot be built."""
+    with pytest.raises(ValueError, match="no recipe or method"):
+        Upstream("no_such_recipe", exports["native"])
+    with pytest.raises(UserError, match="no such file"):
+        Upstream(None, exports["native"] / "absent")
+    with pytest.raises(InteropError, match=r"encoder\.encoder_layers: -1 is out of range"):
+        Upstream("hubert", exports["native"], extra_conf={"encoder_layers": -1})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("method.encoder.extractor_mode=x", r"method\.encoder\.extractor_mode: unknown mode 'x'; use default or layer"),
+        ("method.encoder.frame_length_rule=x", r"method\.encoder\.frame_length_rule: unknown rule 'x'; use fold or"),
+        ("method.encoder.encoder_attention_heads=0", r"method\.encoder\.encoder_attention_heads: 0 is out of range"),
+        ("method.encoder.encoder_layers=-1", r"method\.encoder\.encoder_layers: -1 is out of range"),
+    ],
+)
+def test_a_wrong_option_of_a_recipes_encoder_is_a_user_error(option: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        typed_method(HubertConfig, compose_recipe("hubert_tiny", [option])["method"])

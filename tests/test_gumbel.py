@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.errors import UserError
 from pretrain.quantizers import gumbel
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, gumbel_noise, prob_perplexity, temperature_at
 
@@ -147,6 +148,6 @@ def test_it_computes_in_float32_under_autocast() -> None:
     exact = module(x)
     assert mixed.vectors.dtype == mixed.prob_perplexity.dtype == torch.float32
     assert torch.equal(mixed.vectors, exact.vectors)
-    with pytest.raises(ValueError, match="vq_dim: 15 does not divide into 2 groups"):
+    with pytest.raises(UserError, match="vq_dim: 15 does not divide into 2 groups"):
         GumbelVectorQuantizer(12, 7, 2, 15)
     assert gumbel.ACTIVATIONS.keys() == {"gelu", "relu"}

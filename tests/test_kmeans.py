@@ -21,6 +21,7 @@ from transformers import HubertConfig, HubertModel
 from pretrain.data.audio import read_audio
 from pretrain.data.labels import LabelError, LabelSet
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.errors import UserError
 from pretrain.features.mfcc import mfcc39
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import FeatureError, FeatureSpec, UpstreamFeatures
@@ -218,6 +219,21 @@ def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
         KMeansModel.load(tmp_path / "two")
     with pytest.raises(KMeansError, match=r"kmeans\.json: cannot be read"):
         KMeansModel.load(tmp_path / "one")
+    KMeansModel(torch.randn(4, 39), extractor).save(tmp_path / "three")
+    path = tmp_path / "three" / "kmeans.json"
+    whole = json.loads(path.read_text())
+    for changes, message in (
+        ({"features": {"kind": "logmel"}}, r"centroids: \(4, 39\) do not fit features of 80 dimensions"),
+        ({"features": {"kind": "mfcc", "layers": 2}}, r"kmeans\.json: features\.layers: no such option; did you mean"),
+        ({"features": 3}, r"kmeans\.json: features: 3 is not a mapping"),
+    ):
+        path.write_text(json.dumps(whole | changes))
+        with pytest.raises(UserError, match=message):
+            KMeansModel.load(tmp_path / "three")
+    del whole["sha256"]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(KMeansError, match=r"kmeans\.json: sha256: missing"):
+        KMeansModel.load(tmp_path / "three")
 
 
 def test_a_label_directory_is_complete(mfcc_labels: Path, corpus: Path) -> None:

@@ -20,6 +20,7 @@ from small_hubert import small_method
 
 from pretrain.config import ConfigError, parse_cli
 from pretrain.data.manifest import write_manifest
+from pretrain.errors import UserError
 from pretrain.features.mfcc import mfcc39
 from pretrain.labelling.kmeans.features import FeatureSpec
 from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
@@ -303,10 +304,10 @@ def test_wrong_options_say_what_to_do(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="alignments: missing"):
         run_probe(_options(corpus, alignments=""))
     (tmp_path / "phones.tsv").write_text(HEADER + "other\t0\t1\ta\n")
-    with pytest.raises(ValueError, match="no utterance has a label"):
+    with pytest.raises(UserError, match="no utterance has a label"):
         run_probe(_options(corpus, alignments=str(tmp_path / "phones.tsv")))
     layer = collect(baseline_source(1), *_speech(corpus), "test")[0]
-    with pytest.raises(ValueError, match="take fewer"):
+    with pytest.raises(UserError, match="take fewer"):
         fitted_unit_score("x", layer, layer, 100_000, set(), 50, 0)
 
 

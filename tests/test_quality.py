@@ -56,7 +56,7 @@ def test_mutual_information_is_scikit_learns() -> None:
 
 
 def test_no_common_frame_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no frame"):
+    with pytest.raises(AlignmentError, match="alignments: no frame"):
         unit_quality(np.zeros((2, 3), dtype=int))
 
 

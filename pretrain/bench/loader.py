@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.bench.timing import Row, add_ratios, environment, interleaved
-from pretrain.config import ConfigError, compose_recipe, run_config, typed
+from pretrain.config import ConfigError, compose_recipe, run_config, typed_method
 from pretrain.data.audio import SAMPLE_RATE, audio_info
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.labels import LabelSet, write_labels
@@ -143,7 +143,7 @@ def _our_reader(recipe: str, manifest: Manifest, folder: Path) -> MicroBatchRead
     """The reader that training with `recipe` would use, on random labels that are written to `folder`."""
     config = run_config(compose_recipe(recipe))
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed(method_class.Config, config.method, "method")
+    method_config = typed_method(method_class.Config, config.method)
     classes = method_class.label_classes(method_config)
     if classes:
         method_config = method_class.adapt(method_config, [LabelInfo(LABEL_RATE_HZ, count) for count in classes])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pretrain.bench.loader import LoaderData
 from pretrain.bench.timing import Row, add_ratios, environment
 from pretrain.bench.turns import Turn, TurnTaker
-from pretrain.config import ConfigError, RunConfig, compose_recipe, run_config, typed
+from pretrain.config import ConfigError, RunConfig, compose_recipe, run_config, typed_method
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest
@@ -150,7 +150,7 @@ def _their_training(config: RunConfig) -> S3prlTraining:
         raise ConfigError(
             f"recipe: s3prl's pre-training has no counterpart of {config.recipe}; take APC, NPC or TERA's family"
         )
-    return describe(typed(load_method(name).Method.Config, config.method, "method"))
+    return describe(typed_method(load_method(name).Method.Config, config.method))
 
 
 def _their_job(

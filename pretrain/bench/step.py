@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_process, interleaved, peak_resident_gb
-from pretrain.config import ConfigError, compose_recipe, typed
+from pretrain.config import ConfigError, compose_recipe, typed_method
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.method import Batch, Example, LabelInfo, Method, load_method, load_reference_steps
 from pretrain.training.metrics import peak_flops, peak_memory_gb
@@ -86,7 +86,7 @@ class Subject:
         """
         values = compose_recipe(recipe)["method"]
         package = load_method(values["name"])
-        config = typed(package.Method.Config, values, "method")
+        config = typed_method(package.Method.Config, values)
         infos = [LabelInfo(LABEL_RATE_HZ, classes) for classes in package.Method.label_classes(config)]
         adapted = package.Method.adapt(config, infos) if infos else config
         return cls(package.Method, adapted, getattr(load_reference_steps(values["name"]), "REFERENCE_STEPS", {}))

@@ -35,6 +35,7 @@ from pretrain.config.encoders import (
     MAY_BE_ZERO,
     check_bounds,
     encoder_config,
+    typed_method,
     upgraded,
 )
 from pretrain.config.strict import (
@@ -76,6 +77,7 @@ __all__ = [
     "run_config",
     "save_yaml",
     "typed",
+    "typed_method",
     "typed_values",
     "upgraded",
     "variant",

@@ -46,6 +46,18 @@ def upgraded(cls: type, values: Any) -> Any:
     return cls.upgraded(values) if hasattr(cls, "upgraded") else values
 
 
+def typed_method(cls: type[T], values: dict[str, Any]) -> T:
+    """Build the configuration dataclass `cls` of a method from its block; its `encoder` is bounded as above.
+
+    Raises ConfigError, and what `cls` raises for values that do not go together.
+    """
+    plain = typed_values(cls, values, "method")
+    encoder = nested_class(get_type_hints(cls).get("encoder"))
+    if encoder is not None:
+        check_bounds(encoder, plain["encoder"], "method.encoder")
+    return typed(cls, plain, "method")
+
+
 def check_bounds(cls: type, values: dict[str, Any], where: str) -> None:
     """Raise ConfigError for the first number of the typed `values` that is out of `encoder_config`'s bounds."""
     cls, values = variant(cls, values, where)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.config import ConfigError, RunConfig, typed
+from pretrain.config import ConfigError, RunConfig, typed_method
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import planned_reader
 from pretrain.data.plan import Plan
@@ -98,7 +98,7 @@ def open_subject(config: RunConfig) -> Subject:
     """The method and the largest shapes: those of the data's plan, or the recipe's where no data was named."""
     data = config.data
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed(method_class.Config, config.method, "method")
+    method_config = typed_method(method_class.Config, config.method)
     if data.dir is None and data.corpora is None:
         if method_class.needs_transcripts(method_config):
             method_config = method_class.adapt_transcripts(method_config, [f"symbol{i}" for i in range(SYMBOLS)])

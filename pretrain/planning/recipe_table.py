@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, typed
+from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, typed_method
 from pretrain.method import RECIPES_DIR, load_method, method_names
 
 BEGIN, END = "<!-- recipes: written by make table -->", "<!-- end of recipes -->"
@@ -68,7 +68,7 @@ def read_recipe(name: str) -> Recipe:
     comment, config = _head_comment(path), compose_recipe(name)
     method_class = load_method(config["method"]["name"]).Method
     with torch.device("meta"):
-        encoder = method_class(typed(method_class.Config, config["method"], "method")).encoder
+        encoder = method_class(typed_method(method_class.Config, config["method"])).encoder
     return Recipe(
         name=name,
         alias_of=_alias_of(path),

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pretrain.errors import UserError
+
 HELD_OUT = 0.05
 LEARNING_RATE = 0.01
 # Each decay starts again from the best weights; three of them end at a rate of 1.6e-4, where nothing moves any more.
@@ -134,10 +136,10 @@ def fit_and_predict(
 
     `scored` are L arrays of (M, D); with L > 1 the layers are mixed with learned softmax weights and must have one
     width. A twentieth of the utterances decides when the rate falls and which weights are kept.
-    Raises ValueError where fewer than two utterances are there to be split.
+    Raises UserError where fewer than two utterances are there to be split.
     """
     if len(np.unique(groups)) < 2:
-        raise ValueError("train: the probe needs at least two labelled utterances; add data or raise max_train_hours")
+        raise UserError("max_train_hours: the probe needs at least two labelled utterances; add data or raise it")
     rng, device = np.random.default_rng(seed), torch.device(device)
     means, scales = zip(*map(_statistics, train), strict=True)
     probe = LinearProbe(torch.stack(means), torch.stack(scales), num_classes).to(device)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pretrain.data.audio import SAMPLE_RATE, read_audio
 from pretrain.data.manifest import Manifest
+from pretrain.errors import UserError
 from pretrain.features.mel import INT16_SCALE, WINDOW_SAMPLES, log_mel, stack_context
 from pretrain.features.mfcc import mfcc39
 from pretrain.probe.alignments import UNLABELLED, Phones, frame_centres, match_utterance
@@ -108,18 +109,18 @@ def open_split(path: Path, known: dict, max_hours: float = 0.0, seed: int = 0) -
     """The rows of manifest `path` whose utterances are keys of `known`; at most `max_hours` of them (0: all), drawn
     by `seed`.
 
-    Raises ValueError where no utterance has a label, or two rows would take the same one.
+    Raises UserError where no utterance has a label, or two rows would take the same one.
     """
     manifest = Manifest.read(path)
     matched = [(row, match_utterance(manifest.utterance_id(row), known)) for row in range(len(manifest))]
     found = [(row, key) for row, key in matched if key is not None]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{path}: no utterance has a label; the column utt must hold the manifest's relative path without suffix, "
             f"or its last part (here: {manifest.utterance_id(0)}; labels: {next(iter(known), 'none')})"
         )
     if len({key for _, key in found}) < len(found):
-        raise ValueError(f"{path}: two files have one name; put relative paths without suffix in the column utt")
+        raise UserError(f"{path}: two files have one name; put relative paths without suffix in the column utt")
     if max_hours > 0:
         order = np.random.default_rng(seed).permutation(len(found))
         hours = np.cumsum([manifest.lengths[found[i][0]] for i in order]) / SAMPLE_RATE / 3600
@@ -170,7 +171,7 @@ def upstream_source(upstream: Upstream, device: torch.device, layers: list[int])
 def collect(source: Source, split: Split, task: Task, description: str) -> list[Layer]:
     """Extract and label a split. Returns one Layer per layer of `source`; memory: 2 bytes per feature value.
 
-    Raises ValueError where a layer holds values that are not finite in float16, or no row is labelled.
+    Raises UserError where a layer holds values that are not finite in float16, or no row is labelled.
     """
     chunks: list[list[np.ndarray]] = [[] for _ in source.names]
     labels: list[list[np.ndarray]] = [[] for _ in source.names]
@@ -183,14 +184,14 @@ def collect(source: Source, split: Split, task: Task, description: str) -> list[
             kept, ids = task.label(row, key, features, centres)
             values = kept.numpy().astype(np.float16)
             if not np.isfinite(values).all():
-                raise ValueError(f"{source.names[i]}: {key}: values outside float16 or not finite; probe other layers")
+                raise UserError(f"layers: {source.names[i]}: {key}: values outside float16 or not finite; probe others")
             chunks[i].append(values)
             labels[i].append(ids)
             groups[i].append(np.full(len(ids), row))
     layers = []
     for i, name in enumerate(source.names):
         if not sum(map(len, labels[i])):
-            raise ValueError(f"{name}: no frame has a label; check the times in the alignments")
+            raise UserError(f"alignments: {name}: no frame has a label; check the times in the table")
         layers.append(Layer(np.concatenate(chunks[i]), np.concatenate(labels[i]), np.concatenate(groups[i])))
         chunks[i] = []
     return layers

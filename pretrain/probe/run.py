@@ -165,7 +165,7 @@ def _probe_source(
 def run_probe(options: ProbeOptions) -> Report:
     """Everything that tools/probe.py reports, written nowhere.
 
-    Raises ConfigError for an option, AlignmentError for a label file, and ValueError for data that cannot be probed.
+    Raises ConfigError for an option, AlignmentError for a label file, and UserError for data that cannot be probed.
     """
     started = time.monotonic()
     directory = data_dir(options)

@@ -52,10 +52,10 @@ def fitted_unit_score(
     """Fit k-means on the training rows of one layer, score its units on the validation rows.
 
     fairseq's settings (examples/hubert/simple_kmeans/learn_kmeans.py), with 5 initialisations instead of 20.
-    Raises ValueError where there are fewer rows than clusters.
+    Raises UserError where there are fewer rows than clusters.
     """
     if len(train.features) < clusters:
-        raise ValueError(
+        raise UserError(
             f"clusters: {clusters} clusters need as many frames, here are {len(train.features)}; take fewer"
         )
     kmeans = MiniBatchKMeans(

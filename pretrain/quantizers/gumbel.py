@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import UserError
 from pretrain.models.kernels import Linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -56,10 +57,10 @@ class GumbelVectorQuantizer(nn.Module):
         depth: int = 1,
         activation: str = "gelu",
     ) -> None:
-        """Raises ValueError where `vq_dim` does not divide into `groups`."""
+        """Raises UserError where `vq_dim` does not divide into `groups`."""
         super().__init__()
         if vq_dim % groups:
-            raise ValueError(f"vq_dim: {vq_dim} does not divide into {groups} groups")
+            raise UserError(f"vq_dim: {vq_dim} does not divide into {groups} groups; change one of them")
         self.num_vars, self.groups, self.combine_groups = num_vars, groups, combine_groups
         self.temperature = 1.0
         codebooks = 1 if combine_groups else groups

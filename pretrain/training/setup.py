@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, typed
+from pretrain.config import ConfigError, RunConfig, typed_method
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.transcripts import write_dictionary
@@ -87,7 +87,7 @@ def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method],
     ConfigError where utterances with transcripts would be cropped.
     """
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed(method_class.Config, config.method, "method")
+    method_config = typed_method(method_class.Config, config.method)
     transcripts = method_class.needs_transcripts(method_config)
     if transcripts and not config.crop.whole:
         raise ConfigError(

@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.audio import SAMPLE_RATE, AudioError
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
-from pretrain.method import Batch, Progress
+from pretrain.method import Batch, Counts, Progress, Ratio
 from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
@@ -335,9 +335,11 @@ class Trainer:
                 self.reporter.text(line)
 
 
-def _nothing_of(value: Any) -> Any:
+def _nothing_of(value: Ratio | Counts) -> Ratio | Counts:
     """A metric of the same kind that counts nothing, for a rank that has no batch of its own."""
-    return type(value)(*(torch.zeros_like(torch.as_tensor(part, dtype=torch.float64)) for part in value))
+    if isinstance(value, Ratio):
+        return Ratio(torch.zeros_like(value.total), 0.0, value.role)
+    return Counts(torch.zeros_like(value.counts))
 
 
 def _millions(module: torch.nn.Module) -> str:

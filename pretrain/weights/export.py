@@ -18,7 +18,7 @@ from pretrain.weights.interop.files import (
     write_safetensors,
     write_torch,
 )
-from pretrain.weights.interop.types import InteropError, NamedFiles, TrainedMethod
+from pretrain.weights.interop.types import InteropError, NamedFiles, TrainedMethod, errors_name
 from pretrain.weights.read import NATIVE_FORMAT, NATIVE_VERSION, interop_of, load_strictly, load_trained
 
 # Format -> the function of a method's interop module that makes it.
@@ -100,6 +100,7 @@ def find_kmeans(path: Path) -> Path:
 
 
 def _encoder(trained: TrainedMethod, origin: str) -> Encoder:
-    encoder = load_method(trained.method_name).Encoder.from_config(trained.encoder_config())
+    with errors_name(origin):
+        encoder = load_method(trained.method_name).Encoder.from_config(trained.encoder_config())
     load_strictly(encoder, trained.encoder_state(), origin)
     return encoder

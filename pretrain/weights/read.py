@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from pretrain.method import Encoder, Method, load_interop, load_method, method_n
 from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
 from pretrain.weights.download import fetch, is_url
 from pretrain.weights.interop.files import read_huggingface, read_json, read_safetensors, read_torch
-from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod
+from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod, errors_name
 
 NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
 
@@ -25,7 +26,8 @@ NATIVE_FORMAT, NATIVE_VERSION = "headwater", 1
 class Weights:
     """An encoder's plain config and tensors, the method's other tensors where the source has them, and its origin.
 
-    `kmeans_dir` holds the k-means model that travelled with the weights, if any.
+    `kmeans_dir` holds the k-means model that travelled with the weights, if any. `config_file` is where the config
+    stands, for messages, where that is not the origin itself.
     """
 
     method_name: str
@@ -34,6 +36,15 @@ class Weights:
     encoder_state: dict[str, Tensor]
     head_state: dict[str, Tensor] = field(default_factory=dict)
     kmeans_dir: Path | None = None
+    config_file: str = ""
+
+    def build_encoder(self, changes: dict[str, Any] | None = None) -> Encoder:
+        """The encoder with fresh weights, `changes` put into its configuration.
+
+        Raises InteropError, naming the file, for a configuration that makes no network.
+        """
+        with errors_name(self.config_file or self.origin):
+            return load_method(self.method_name).Encoder.from_config({**self.encoder_config, **(changes or {})})
 
 
 def read_weights(path_or_url: str | Path, method_name: str | None = None, refresh: bool = False) -> Weights:
@@ -134,7 +145,7 @@ def _compare(encoder: Encoder, weights: Weights) -> list[str]:
     """
     with torch.device("meta"):
         # Through the class, so that weights from before a field existed get its default.
-        their_config = type(encoder).from_config(weights.encoder_config).to_config()
+        their_config = weights.build_encoder().to_config()
     ours, theirs = _flat(encoder.to_config()), _flat(their_config)
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     for name in differing:
@@ -161,7 +172,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_encoder(path_or_url: str | Path, method_name: str | None = None) -> Encoder:
     """The encoder behind `path_or_url`, weights loaded; raises InteropError as `read_weights` does."""
     weights = read_weights(path_or_url, method_name)
-    encoder = load_method(weights.method_name).Encoder.from_config(weights.encoder_config)
+    encoder = weights.build_encoder()
     load_strictly(encoder, weights.encoder_state, weights.origin)
     return encoder
 
@@ -217,6 +228,10 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
         raise InteropError(
             f"{path / 'config.json'}: version: {config.get('version')} is not {NATIVE_VERSION}; update this package"
         )
+    for name, kind in (("method", str), ("encoder", dict)):
+        if not isinstance(config.get(name), kind):
+            problem = f"{config[name]!r} is no {kind.__name__}" if name in config else "missing"
+            raise InteropError(f"{path / 'config.json'}: {name}: {problem}; copy or download it again")
     kmeans = path / "kmeans"
     return Weights(
         config["method"],
@@ -224,6 +239,7 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
         config["encoder"],
         read_safetensors(path / "encoder.safetensors"),
         kmeans_dir=kmeans if kmeans.is_dir() else None,
+        config_file=str(path / "config.json"),
     )
 
 
@@ -232,7 +248,7 @@ def _huggingface(path: Path, model_type: str, wanted: list[str] | None) -> Weigh
     for name in candidates:
         interop = load_interop(name)
         if interop is not None and model_type in getattr(interop, "HF_MODEL_TYPES", ()):
-            return _imported(name, path, interop.from_huggingface(read_huggingface(path)))
+            return _imported(name, path, interop.from_huggingface, read_huggingface(path), path / "config.json")
     raise InteropError(f"{path / 'config.json'}: model_type: '{model_type}' is no model of {', '.join(candidates)}")
 
 
@@ -244,14 +260,26 @@ def _foreign_file(path: Path, wanted: list[str] | None) -> Weights:
     reasons = []
     for name in wanted:
         try:
-            return _imported(name, path, interop_of(name).from_pt(checkpoint))
+            return _imported(name, path, interop_of(name).from_pt, checkpoint, path)
         except InteropError as error:
             reasons.append(error)
-    raise InteropError(f"{path}: {reasons[0]}") from reasons[0]
+    raise reasons[0]
 
 
-def _imported(method_name: str, path: Path, imported: Imported) -> Weights:
-    return Weights(method_name, str(path), imported.encoder_config, imported.encoder_state, imported.head_state)
+def _imported(
+    method_name: str, path: Path, read: Callable[[Any], Imported], content: Any, config_file: Path
+) -> Weights:
+    """What a method's `interop` makes of a foreign checkpoint; errors name `config_file`."""
+    with errors_name(config_file):
+        imported = read(content)
+    return Weights(
+        method_name,
+        str(path),
+        imported.encoder_config,
+        imported.encoder_state,
+        imported.head_state,
+        config_file=str(config_file),
+    )
 
 
 def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:

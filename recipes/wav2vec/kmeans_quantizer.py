@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import UserError
 from pretrain.models.kernels import linear
 
 
@@ -34,10 +35,10 @@ class KMeansVectorQuantizer(nn.Module):
     """
 
     def __init__(self, dim: int, num_vars: int, groups: int, combine_groups: bool) -> None:
-        """Raises ValueError where `dim` does not divide into `groups`."""
+        """Raises UserError where `dim` does not divide into `groups`."""
         super().__init__()
         if dim % groups:
-            raise ValueError(f"vq_groups: {dim} channels do not divide into {groups} groups")
+            raise UserError(f"vq_groups: {dim} channels do not divide into {groups} groups; change one of them")
         self.num_vars, self.groups = num_vars, groups
         self.embedding = nn.Parameter(torch.randn(num_vars, 1 if combine_groups else groups, dim // groups))
         self.projection = nn.Sequential(

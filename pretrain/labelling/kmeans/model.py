@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain.config import typed
 from pretrain.errors import UserError
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import FeatureExtractor, FeatureSpec, SpectralFeatures, UpstreamFeatures
@@ -32,9 +33,9 @@ class KMeansModel:
     """(K, D) float32 `centroids` over the features that `extractor` makes of a waveform."""
 
     def __init__(self, centroids: Tensor, extractor: FeatureExtractor) -> None:
-        """Raises ValueError where the centroids are not as wide as the features."""
+        """Raises KMeansError where the centroids are not as wide as the features."""
         if centroids.ndim != 2 or centroids.shape[1] != extractor.dim:
-            raise ValueError(f"centroids: {tuple(centroids.shape)} do not fit features of {extractor.dim} dimensions")
+            raise KMeansError(f"centroids: {tuple(centroids.shape)} do not fit features of {extractor.dim} dimensions")
         self.centroids = centroids.float()
         self.extractor = extractor
 
@@ -94,7 +95,7 @@ class KMeansModel:
             centroids = load_file(directory / "centroids.safetensors")["centroids"]
         except (OSError, SafetensorError, KeyError) as error:
             raise KMeansError(f"{directory}/centroids.safetensors: cannot be read ({error}); {REMEDY}") from None
-        spec = FeatureSpec(**description["features"])
+        spec = typed(FeatureSpec, description["features"], f"{directory}/kmeans.json: features")
         encoder = load_encoder(directory / "encoder", spec.method) if spec.kind == "upstream" else None
         model = cls(centroids, make_extractor(spec, encoder))
         if model.sha256 != description["sha256"]:
@@ -110,8 +111,14 @@ def _description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise KMeansError(f"{path}: cannot be read ({error}); {REMEDY}") from None
-    if description.get("format") != FORMAT or description.get("version") != VERSION:
+    if (
+        not isinstance(description, dict)
+        or description.get("format") != FORMAT
+        or description.get("version") != VERSION
+    ):
         raise KMeansError(f"{path}: is not version {VERSION} of {FORMAT}; {REMEDY}")
+    if missing := [name for name in ("features", "sha256") if name not in description]:
+        raise KMeansError(f"{path}: {', '.join(missing)}: missing; {REMEDY}")
     return description
 
 

@@ -103,10 +103,10 @@ class UnitQuality:
 
 
 def unit_quality(joint: np.ndarray) -> UnitQuality:
-    """Quality of units from the (phones, units) count of frames. Raises ValueError where nothing was counted."""
+    """Quality of units from the (phones, units) count of frames. Raises AlignmentError where nothing was counted."""
     total = int(joint.sum())
     if total == 0:
-        raise ValueError("no frame has both a unit and a phone: do the alignments name these utterances?")
+        raise AlignmentError("alignments: no frame has both a unit and a phone; name these utterances in the table")
     p = joint / total
     p_phone, p_unit = p.sum(axis=1), p.sum(axis=0)
     independent = np.outer(p_phone, p_unit)

@@ -45,7 +45,6 @@ from pretrain.labelling.tokens.tokenizer import (
     load_tokenizer,
     tokenizer_of,
 )
-from pretrain.method import load_method
 from pretrain.weights.export import find_kmeans, write_native
 from pretrain.weights.interop.files import read_json, read_safetensors
 from pretrain.weights.read import load_strictly, read_weights
@@ -198,7 +197,7 @@ def _source(options: TokenOptions) -> Source:
         load_tokenizer(tokenizer, directory)
         return Source(tokenizer, method_name, TokenDictionary.read(directory, *tokenizer.code_shape))
     weights = read_weights(options.checkpoint, options.method)
-    tokenizer = load_method(weights.method_name).Encoder.from_config(weights.encoder_config)
+    tokenizer = weights.build_encoder()
     load_strictly(tokenizer, weights.encoder_state, weights.origin)
     return Source(tokenizer, weights.method_name)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import encoder_config
 from pretrain.data.labels import LabelError
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureSpec, SpectralFeatures
@@ -31,6 +33,14 @@ class Tokenizer(Protocol):
     def codes(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
+@dataclass
+class KMeansTokenizerConfig:
+    """`features` is mfcc or logmel, `clusters` the number of codes."""
+
+    features: str
+    clusters: int
+
+
 class KMeansTokenizer(nn.Module):
     """The clusters of MFCC or log-mel frames as codes, in one group."""
 
@@ -52,7 +62,8 @@ class KMeansTokenizer(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KMeansTokenizer:
-        return cls(**config)
+        values = encoder_config(KMeansTokenizerConfig, config)
+        return cls(values.features, values.clusters)
 
     def to_config(self) -> dict[str, Any]:
         return {"features": self.extractor.spec.kind, "clusters": self.code_shape[1]}
@@ -82,6 +93,8 @@ def tokenizer_of(directory: Path) -> tuple[str, dict[str, Any]]:
             "data.labels=<its output>"
         )
     content = read_json(path)
+    if missing := [name for name in ("method", "encoder") if name not in content]:
+        raise LabelError(f"{path}: {', '.join(missing)}: missing; copy the directory again, or make the tokens again")
     return content["method"], content["encoder"]
 
 

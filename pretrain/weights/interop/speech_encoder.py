@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.config import encoder_config
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.weights.interop.speech_encoder_keys import (
     FAIRSEQ_KEYS,
@@ -252,8 +253,14 @@ def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str
     how the published models were trained. What transformers does not store takes its neutral value.
     """
     _require(config, _HUGGINGFACE_FIXED, "config.json")
-    mode = {norm: mode for mode, norm in _EXTRACTOR_TO_NORM.items()}[config.get("feat_extract_norm", "group")]
+    modes = {norm: mode for mode, norm in _EXTRACTOR_TO_NORM.items()}
+    norm = config.get("feat_extract_norm", "group")
+    if norm not in modes:
+        raise InteropError(f"config.json: feat_extract_norm: {norm!r} is not supported, only {' and '.join(modes)}")
+    mode = modes[norm]
     conv = [config.get(name, default) for name, default in _HUGGINGFACE_CONV.items()]
+    if not all(isinstance(sizes, list) and len(sizes) == len(conv[0]) for sizes in conv):
+        raise InteropError(f"config.json: {', '.join(_HUGGINGFACE_CONV)}: {conv}: give three lists of one length")
     return _complete(
         {
             "extractor_mode": mode,
@@ -325,7 +332,7 @@ def _evaluate(node: ast.expr) -> Any:
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our config with every field: exports from before there were conformers lack the fields that name them."""
-    return asdict(SpeechEncoderConfig(**config))
+    return asdict(encoder_config(SpeechEncoderConfig, dict(config)))
 
 
 def _conv_dim(config: Mapping[str, Any]) -> int:

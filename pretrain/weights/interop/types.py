@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,26 @@ from torch import Tensor
 from pretrain.errors import UserError
 
 
-class InteropError(UserError):
+class InteropError(UserError, ValueError):
     """A checkpoint that cannot be read, converted or exported: `<file>: <field>: <what is wrong>; <what to do>`."""
+
+
+@contextmanager
+def errors_name(origin: str | Path) -> Iterator[None]:
+    """Errors of the block, in which the configuration of a file is read, become InteropErrors that name `origin`.
+
+    A configuration of somebody else's may hold anything: what no check of ours foresees is reported in Python's words.
+    """
+    try:
+        yield
+    except UserError as error:
+        named = str(error) if str(error).startswith(str(origin)) else f"{origin}: {error}"
+        raise InteropError(named) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InteropError(
+            f"{origin}: its configuration makes no network ({type(error).__name__}: {error}); correct it, or copy or "
+            "download it again"
+        ) from error
 
 
 @dataclass(frozen=True)
