@@ -107,11 +107,19 @@ class Ratio(NamedTuple):
     weight: Tensor | float
     role: Role | None = None
 
+    def nothing(self) -> Ratio:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return Ratio(torch.zeros_like(self.total), 0.0, self.role)
+
 
 class Counts(NamedTuple):
     """A (V,) histogram that is reduced by summing; reported as perplexity and share of entries used."""
 
     counts: Tensor
+
+    def nothing(self) -> Counts:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return Counts(torch.zeros_like(self.counts))
 
 
 class StepOutput(NamedTuple):

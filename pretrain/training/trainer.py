@@ -17,7 +17,7 @@ from pretrain.config import RunConfig
 from pretrain.data.audio import SAMPLE_RATE, AudioError
 from pretrain.data.loader import MicroBatchReader, batches
 from pretrain.data.plan import rank_share
-from pretrain.method import Batch, Counts, Progress, Ratio
+from pretrain.method import Batch, Progress
 from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
@@ -261,7 +261,7 @@ class Trainer:
             if index < count:
                 metrics.add(output.metrics)
             elif index < world.size:
-                metrics.add({name: _nothing_of(value) for name, value in output.metrics.items()})
+                metrics.add({name: value.nothing() for name, value in output.metrics.items()})
         figures = self.engine.figures(on_device)
         metrics.commit()
         values, _ = metrics.reduce()
@@ -333,13 +333,6 @@ class Trainer:
         if self.reporter:
             for line in lines:
                 self.reporter.text(line)
-
-
-def _nothing_of(value: Ratio | Counts) -> Ratio | Counts:
-    """A metric of the same kind that counts nothing, for a rank that has no batch of its own."""
-    if isinstance(value, Ratio):
-        return Ratio(torch.zeros_like(value.total), 0.0, value.role)
-    return Counts(torch.zeros_like(value.counts))
 
 
 def _millions(module: torch.nn.Module) -> str:
