@@ -131,11 +131,19 @@ class Ratio(NamedTuple):
         """A mean over one micro-batch, which counts with `weight` beside those of others."""
         return cls(mean.detach() * weight, weight)
 
+    def nothing(self) -> Ratio:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return Ratio(torch.zeros_like(self.total), 0.0, self.role)
+
 
 class Counts(NamedTuple):
     """A (V,) histogram that is reduced by summing; reported as perplexity and share of entries used."""
 
     counts: Tensor
+
+    def nothing(self) -> Counts:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return Counts(torch.zeros_like(self.counts))
 
 
 class Predictions(NamedTuple):
@@ -148,6 +156,10 @@ class Predictions(NamedTuple):
     predictions: Tensor
     targets: Tensor
     score: Callable[[np.ndarray, np.ndarray], float]
+
+    def nothing(self) -> Predictions:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return Predictions(self.predictions[:0], self.targets[:0], self.score)
 
 
 Metric = Ratio | Counts | Predictions

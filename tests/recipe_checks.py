@@ -59,7 +59,7 @@ def perturb(module: nn.Module, vector_scale: float = 0.2, matrix_scale: float = 
 
 def value(output: StepOutput, name: str) -> float:
     """A ratio among the metrics of a step."""
-    total, weight = output.metrics[name]
+    total, weight, _ = output.metrics[name]
     return float(total) / float(weight)
 
 

@@ -81,6 +81,17 @@ def test_roles_are_kept_by_name(world: World) -> None:
     assert metrics.roles == {"latent_variance": "feature_variance"}
 
 
+def test_a_metric_of_nothing_changes_no_sum(world: World) -> None:
+    """What a rank adds that has no batch of its own at validation."""
+    metrics, given = Accumulator(), {"accuracy": ratio(3.0, 4.0), "labels": Counts(torch.tensor([1.0, 1.0]))}
+    metrics.add(given)
+    metrics.add({name: value.nothing() for name, value in given.items()})
+    metrics.commit()
+    values, histograms = metrics.reduce()
+    assert values["accuracy"] == 0.75
+    assert histograms["labels"].tolist() == [1.0, 1.0]
+
+
 def test_throughput_is_audio_over_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("pretrain.training.metrics.time.perf_counter", lambda: now)

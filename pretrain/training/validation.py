@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from pretrain.data.loader import MicroBatchReader, batches
-from pretrain.method import Counts, Metric, Predictions, Ratio
 from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import Accumulator
@@ -40,16 +39,7 @@ class Validation:
             if index < count:
                 metrics.add(output.metrics)
             elif index < world.size:
-                metrics.add({name: _nothing_of(value) for name, value in output.metrics.items()})
+                metrics.add({name: value.nothing() for name, value in output.metrics.items()})
         figures = engine.figures(on_device)
         metrics.commit()
         return metrics.reduce()[0], figures
-
-
-def _nothing_of(value: Metric) -> Metric:
-    """A metric of the same kind that counts nothing, for a rank that has no batch of its own."""
-    if isinstance(value, Predictions):
-        return value._replace(predictions=value.predictions[:0], targets=value.targets[:0])
-    if isinstance(value, Ratio):
-        return value._replace(total=torch.zeros_like(value.total), weight=0.0)
-    return Counts(torch.zeros_like(value.counts))

@@ -93,7 +93,7 @@ def output(official: Official) -> StepOutput:
 
 
 def metric(output: StepOutput, name: str) -> float:
-    total, weight = output.metrics[name]
+    total, weight, _ = output.metrics[name]
     return float(total) / float(weight)
 
 
