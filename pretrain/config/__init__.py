@@ -44,6 +44,7 @@ from pretrain.config.strict import (
     nested_class,
     typed,
     typed_values,
+    with_defaults,
 )
 
 __all__ = [
@@ -77,4 +78,5 @@ __all__ = [
     "typed",
     "typed_method",
     "typed_values",
+    "with_defaults",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, typed_method
+from pretrain.config import BatchConfig, ConfigError, CropConfig, RunConfig, typed_method, with_defaults
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.transcripts import write_dictionary
@@ -52,7 +52,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
         method.begin(corpus.labels)
     else:
         state = checkpoint.load_state(found)
-        checkpoint.check_identity(state.identity, identity, config.run_dir)
+        checkpoint.check_identity(_completed(state.identity, method_class), identity, config.run_dir)
         method.load_state_dict(checkpoint.load_weights(found))
         notes.append(f"resuming from {found}: update {state.update}")
     method.to(world.device)
@@ -112,9 +112,13 @@ def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method],
 
 def _identity(resolved: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
     """What may not change between two starts of one run; see `checkpoint.check_identity`."""
-    # Options that runs begun before they existed lack count only where they are used.
-    batch, crop = ({k: v for k, v in resolved[name].items() if v not in (None, False)} for name in ("batch", "crop"))
-    return {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"]} | corpus.identity()
+    return {name: resolved[name] for name in ("method", "batch", "crop", "seed")} | corpus.identity()
+
+
+def _completed(identity: dict[str, Any], method_class: type[Method]) -> dict[str, Any]:
+    """The identity of a checkpoint, where options that came after it have their defaults, which change nothing."""
+    classes = {"method": method_class.Config, "batch": BatchConfig, "crop": CropConfig}
+    return identity | {name: with_defaults(cls, identity[name]) for name, cls in classes.items()}
 
 
 def _keep_kmeans(source: Path | None, target: Path) -> None:
