@@ -20,6 +20,7 @@ from pretrain.config.blocks import (
 )
 from pretrain.config.command_line import (
     parse_cli,
+    run_tool,
 )
 from pretrain.config.compose import (
     CONF_DIR,
@@ -74,6 +75,7 @@ __all__ = [
     "recipe_method_block",
     "recipe_names",
     "run_config",
+    "run_tool",
     "save_yaml",
     "typed",
     "typed_method",

@@ -14,6 +14,7 @@ from pretrain.config import BatchConfig, ConfigError, CropConfig, RunConfig, typ
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.transcripts import write_dictionary
+from pretrain.files import new_directory
 from pretrain.method import Method, load_method
 from pretrain.training import checkpoint
 from pretrain.training.distributed import join_world, share_cores
@@ -124,5 +125,5 @@ def _completed(identity: dict[str, Any], method_class: type[Method]) -> dict[str
 def _keep_kmeans(source: Path | None, target: Path) -> None:
     """The k-means model of the labels stays with the run and goes into its exports."""
     if source is not None and not target.exists():
-        shutil.copytree(source, target.with_suffix(".tmp"), dirs_exist_ok=True)
-        target.with_suffix(".tmp").rename(target)
+        with new_directory(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
