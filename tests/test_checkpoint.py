@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import ROOT
 from small_method import SmallMethod, engine_of, plain, train
 from two_ranks import load, save
 
+from pretrain.config import with_defaults
 from pretrain.training import checkpoint
 from pretrain.training.checkpoint import (
     CheckpointError,
@@ -217,6 +219,52 @@ def test_the_weights_of_another_method_are_refused(run: Path) -> None:
     del weights["net.0.weight"]
     with pytest.raises(RuntimeError, match=r"net\.0\.weight"):
         SmallMethod().load_state_dict(weights)
+
+
+@dataclass
+class Block:
+    """A block to which fields were added: one with a default at each depth, and one without."""
+
+    width: int
+    nested: Inner
+    optional: Inner | None = None
+    kind: str = "plain"
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+
+
+@dataclass
+class Inner:
+    """A nested block."""
+
+    depth: int
+    rate: float = 0.0
+
+
+def test_fields_that_a_checkpoint_lacks_count_as_their_defaults(tmp_path: Path) -> None:
+    old = {"block": with_defaults(Block, {"width": 3, "nested": {"depth": 1}})}
+    present = {"block": asdict(Block(3, Inner(1)))}
+    check_identity(old, present, tmp_path)
+    check_identity(json.loads(json.dumps(old)), present, tmp_path)
+    check_identity({"block": {"a": (1, [2])}}, {"block": {"a": [1, (2,)]}, "new": None}, tmp_path)
+    for now in (
+        Block(3, Inner(1, 0.5)),
+        Block(3, Inner(1), Inner(1)),
+        Block(3, Inner(1), kind="other"),
+        Block(3, Inner(1), sizes=[1, 2, 3]),
+        Block(3, Inner(2)),
+    ):
+        with pytest.raises(CheckpointError, match="block: was"):
+            check_identity(old, {"block": asdict(now)}, tmp_path)
+    # No default, so nothing says what an old run did.
+    old = {"block": with_defaults(Block, {"nested": {"depth": 1}})}
+    with pytest.raises(CheckpointError, match="block: was"):
+        check_identity(old, present, tmp_path)
+    assert with_defaults(Block, {"optional": {"depth": 2}, "more": 1}) == {
+        "optional": {"depth": 2, "rate": 0.0},
+        "more": 1,
+        "kind": "plain",
+        "sizes": [1, 2],
+    }
 
 
 def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ from pretrain.config import (
     recipe_method_block,
     recipe_names,
     run_config,
+    run_tool,
     save_yaml,
 )
 from pretrain.data.folders import resolve_data_dir
+from pretrain.errors import UserError
 from pretrain.training.schedule import build_schedule
 
 composed = cache(compose_recipe)
@@ -229,9 +231,26 @@ def test_a_tools_arguments_are_typed() -> None:
         (["clusters", "1"], r"clusters: arguments have the form key=value; --help lists the keys"),
     ],
 )
-def test_a_tools_wrong_arguments_end_it_with_a_sentence(arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+def test_a_tools_wrong_arguments_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_cli(Tool, arguments)
+
+
+def test_every_tool_ends_a_users_error_in_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise UserError(f"clusters: {arguments} are too many; take fewer")
+
+    monkeypatch.setattr(sys, "argv", ["tools/any.py", "clusters=9"])
+    with pytest.raises(SystemExit) as end:
+        run_tool(fail)
+    # Python prints a message in place of a status to standard error, and leaves with 1.
+    assert end.value.code == "error: clusters: ['clusters=9'] are too many; take fewer"
+    for path in (ROOT / "tools").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "parse_cli(" in text:
+            assert text.endswith('if __name__ == "__main__":\n    run_tool(main)\n'), path
+            assert "SystemExit" not in text, path
+            assert "sys.exit" not in text, path
 
 
 def test_a_tools_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def test_the_tool_exports_and_explains(tmp_path: Path) -> None:
     assert "final_proj.weight" in read_torch(tmp_path / "hubert.pt")["model_weight"]
     failed = subprocess.run([*command, "format=onnx"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("format: hubert has no 'onnx'; known: huggingface, native, s3prl")
+    assert failed.stderr.startswith("error: format: hubert has no 'onnx'; known: huggingface, native, s3prl")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -342,5 +342,5 @@ def test_the_tool_probes_a_few_utterances_of_the_sample(corpus: Path, tmp_path: 
 
 
 def test_a_mistyped_option_is_refused() -> None:
-    with pytest.raises(SystemExit, match="did you mean alignments"):
+    with pytest.raises(ConfigError, match="did you mean alignments"):
         parse_cli(ProbeOptions, ["upstream=x", "alignmnts=x"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 import signal
@@ -115,6 +117,27 @@ def test_one_rank_goes_on_where_two_stopped(data: Path, on_two_ranks: Path, unbr
 def test_four_ranks_follow_the_same_losses(data: Path, unbroken: Path, tmp_path: Path, stage: int) -> None:
     run(data, tmp_path / "out", "data.workers=0", f"deepspeed=zero{stage}", ranks=4)
     assert_follows(tmp_path / "out", unbroken)
+
+
+def test_a_run_from_before_an_option_existed_resumes(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Its checkpoint states neither the option, nested or not, nor a fact about data that none of its runs had."""
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    shutil.rmtree(output / "run" / "checkpoints" / LAST)
+    step = output / "run" / "checkpoints" / "step_00000015"
+    state = json.loads((step / "state.json").read_text())
+    for block, name in (("batch", "within"), ("crop", "whole"), ("method", "encoder")):
+        assert name in state["identity"][block]
+    for name in ("layer_type", "pos_enc_type", "depthwise_conv_kernel_size"):
+        del state["identity"]["method"]["encoder"][name]
+    del state["identity"]["batch"]["within"], state["identity"]["crop"]["whole"], state["identity"]["transcripts"]
+    text = json.dumps(state)
+    (step / "state.json").write_text(text)
+    complete = json.loads((step / "complete.json").read_text())
+    complete["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (step / "complete.json").write_text(json.dumps(complete))
+    assert f"resuming from {step}: update 15" in run(data, output, "data.workers=0")
+    assert_equal_to_the_bit(output, unbroken)
 
 
 def test_a_changed_recipe_is_refused(data: Path, unbroken: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_tokenizer_travels(run: Path, tokens: Path) -> None:
 
 
 def test_two_ranks_write_the_same_files(corpus: Path, run: Path, tokens: Path, tmp_path: Path) -> None:
-    tool = ["tools/quantize.py", f"checkpoint={run}", f"data.dir={corpus}", f"output={tmp_path / 'two'}"]
+    tool = ["tools/make_tokens.py", f"checkpoint={run}", f"data.dir={corpus}", f"output={tmp_path / 'two'}"]
     done = run_python(tool, ranks=2, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout

@@ -29,7 +29,7 @@ from pretrain.bench.pipeline import PipelineOptions, measure_pipelines
 from pretrain.bench.step import StepOptions, measure_steps
 from pretrain.bench.timing import markdown
 from pretrain.bench.turns import TurnError
-from pretrain.config import nearest, parse_cli
+from pretrain.config import ConfigError, nearest, parse_cli, run_tool
 from pretrain.errors import UserError
 
 TASKS = {
@@ -41,18 +41,17 @@ TASKS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Measure, print, write."""
-    arguments = sys.argv[1:]
     task = next((value.removeprefix("task=") for value in arguments if value.startswith("task=")), "step")
     if task not in TASKS:
-        raise SystemExit(f"benchmark.py: task: unknown task '{task}'; {nearest(task, list(TASKS))}")
+        raise ConfigError(f"task: unknown task '{task}'; {nearest(task, list(TASKS))}")
     options_class, measure = TASKS[task]
     options = parse_cli(options_class, arguments, __doc__)
     try:
         result = measure(options)
-    except (UserError, TurnError) as error:
-        raise SystemExit(f"benchmark.py: {error}") from None
+    except TurnError as error:  # from a module that runs without this project, and so knows no UserError
+        raise UserError(str(error)) from None
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items()) + "\n")
     print(markdown(result["rows"]) + "\n\n" + result["note"])
     for name, reason in result["absent"].items():
@@ -63,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

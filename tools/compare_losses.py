@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pretrain.config import parse_cli, recipe_names
+from pretrain.config import parse_cli, recipe_names, run_tool
+from pretrain.errors import UserError
 
 FOLDER = ROOT / "outputs" / "compare"
 NOT_COMPARED = ("speed/", "memory/")  # of the machine, not of the training
@@ -41,7 +42,7 @@ class Options:
 def train(tree: Path, output: Path, recipe: str, updates: int) -> list[Line] | None:
     """The figures of every update of one run of the code in `tree`; None where that code has no such recipe.
 
-    Raises SystemExit with the end of the run's messages where it fails.
+    Raises UserError with the end of the run's messages where it fails.
     """
     if not (tree / "conf" / "recipe" / f"{recipe}.yaml").is_file():
         return None
@@ -56,7 +57,7 @@ def train(tree: Path, output: Path, recipe: str, updates: int) -> list[Line] | N
     shutil.rmtree(output / recipe, ignore_errors=True)
     done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"compare: {recipe} of {tree} ended with status {done.returncode}\n{done.stderr[-3000:]}")
+        raise UserError(f"{recipe} of {tree} ended with status {done.returncode}\n{done.stderr[-3000:]}")
     return figures(output / recipe / "metrics.jsonl")
 
 
@@ -91,16 +92,16 @@ def of_commit(commit: str, recipe: str, updates: int, tree: Path) -> list[Line] 
 
 
 def git(*arguments: str) -> str:
-    """Output of one git command in the repository. Raises SystemExit with git's own words where it fails."""
+    """Output of one git command in the repository. Raises UserError with git's own words where it fails."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"compare: git {arguments[0]}: {done.stderr.strip()}")
+        raise UserError(f"git {arguments[0]}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Print a line per recipe; leaves with status 1 where a figure differs."""
-    options = parse_cli(Options, sys.argv[1:], __doc__)
+    options = parse_cli(Options, arguments, __doc__)
     commit = git("rev-parse", "--verify", f"{options.base}^{{commit}}")
     tiny = [name for name in recipe_names() if name.endswith("_tiny")]
     recipes = options.recipes.split(",") if options.recipes else tiny
@@ -119,9 +120,9 @@ def main() -> None:
         finally:
             git("worktree", "remove", "--force", str(tree))
     if different:
-        raise SystemExit(f"compare: {len(different)} of {len(recipes)} recipes differ from {options.base}")
+        raise UserError(f"{len(different)} of {len(recipes)} recipes differ from {options.base}")
     print(f"{len(recipes)} recipes: {options.updates} updates equal to those of {options.base} to the last digit")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

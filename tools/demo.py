@@ -85,7 +85,7 @@ def run(command: str, number: str) -> None:
     started = time.monotonic()
     status = subprocess.run(shlex.split(command), cwd=ROOT, env={**threads, **os.environ, **programs}).returncode
     if status:
-        raise SystemExit(f"demo: this command ended with status {status}: {command}")
+        raise SystemExit(f"error: this command ended with status {status}: {command}")
     print(f"[{number}] {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -11,18 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import parse_cli
-from pretrain.errors import UserError
+from pretrain.config import parse_cli, run_tool
 from pretrain.weights.export import ExportConfig, export
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Parse, export, say where."""
-    try:
-        print(export(parse_cli(ExportConfig, sys.argv[1:], __doc__)))
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    print(export(parse_cli(ExportConfig, arguments, __doc__)))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

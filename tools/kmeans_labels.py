@@ -20,22 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Before torch is loaded: threads that spin while they wait make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pretrain.config import parse_cli
-from pretrain.errors import UserError
+from pretrain.config import parse_cli, run_tool
 from pretrain.labelling.kmeans.generate import LabelOptions, describe, generate_labels
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Parse, label, print the report's gist on the first rank."""
-    options = parse_cli(LabelOptions, sys.argv[1:], __doc__)
-    try:
-        report = generate_labels(options)
-    except UserError as error:
-        raise SystemExit(f"kmeans_labels.py: {error}") from None
+    options = parse_cli(LabelOptions, arguments, __doc__)
+    report = generate_labels(options)
     if os.environ.get("RANK", "0") == "0":
         print(describe(report))
         print(f"written to {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

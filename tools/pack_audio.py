@@ -14,10 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import parse_cli
+from pretrain.config import parse_cli, run_tool
 from pretrain.data.manifest import Manifest
 from pretrain.data.prepare.pack import pack
-from pretrain.errors import UserError
 
 
 @dataclass
@@ -29,14 +28,11 @@ class PackOptions:
     archive_mb: float = 1024
 
 
-def main() -> None:
-    options = parse_cli(PackOptions, sys.argv[1:], __doc__)
-    try:
-        archives = pack(Manifest.read(options.manifest), options.output, int(options.archive_mb * 1e6))
-    except UserError as error:
-        sys.exit(str(error))
+def main(arguments: list[str]) -> None:
+    options = parse_cli(PackOptions, arguments, __doc__)
+    archives = pack(Manifest.read(options.manifest), options.output, int(options.archive_mb * 1e6))
     print(f"{archives} archive(s) and {options.output}.tsv written")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -13,20 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import parse_cli
+from pretrain.config import parse_cli, run_tool
 from pretrain.data.prepare.scan import PrepareOptions, describe, prepare
-from pretrain.errors import UserError
 
 
-def main() -> None:
-    options = parse_cli(PrepareOptions, sys.argv[1:], __doc__)
-    try:
-        report = prepare(options)
-    except UserError as error:
-        sys.exit(str(error))
+def main(arguments: list[str]) -> None:
+    options = parse_cli(PrepareOptions, arguments, __doc__)
+    report = prepare(options)
     print(describe(report))
     print(f"written to {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

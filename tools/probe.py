@@ -14,24 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Before torch is loaded: threads that spin while they wait make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pretrain.config import parse_cli
-from pretrain.errors import UserError
+from pretrain.config import parse_cli, run_tool
 from pretrain.probe.options import ProbeOptions, output_dir
 from pretrain.probe.report import write_report
 from pretrain.probe.run import run_probe
 
 
-def main() -> None:
-    options = parse_cli(ProbeOptions, sys.argv[1:], __doc__)
-    try:
-        output = output_dir(options)
-        report = run_probe(options)
-    except UserError as error:
-        raise SystemExit(f"probe.py: {error}") from None
+def main(arguments: list[str]) -> None:
+    options = parse_cli(ProbeOptions, arguments, __doc__)
+    output = output_dir(options)
+    report = run_probe(options)
     paths = write_report(report, output)
     print(report.markdown())
     print(*(f"wrote {path}" for path in paths), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -20,6 +20,7 @@ from pretrain.config.blocks import (
 )
 from pretrain.config.command_line import (
     parse_cli,
+    run_tool,
 )
 from pretrain.config.compose import (
     CONF_DIR,
@@ -46,6 +47,7 @@ from pretrain.config.strict import (
     typed,
     typed_values,
     variant,
+    with_defaults,
 )
 
 __all__ = [
@@ -75,10 +77,12 @@ __all__ = [
     "recipe_method_block",
     "recipe_names",
     "run_config",
+    "run_tool",
     "save_yaml",
     "typed",
     "typed_method",
     "typed_values",
     "upgraded",
     "variant",
+    "with_defaults",
 ]

@@ -1,34 +1,45 @@
-"""Command lines of the tools: `key=value` arguments, typed as a dataclass, and the help that lists its fields."""
+"""Command lines of the tools: `key=value` arguments typed as a dataclass, help that lists its fields, errors in one
+form.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
 from pretrain.config.strict import ConfigError, typed
+from pretrain.errors import UserError
 
 T = TypeVar("T")
+
+
+def run_tool(main: Callable[[list[str]], None]) -> None:
+    """Call `main` with the command line's arguments: the last line of every tool.
+
+    A UserError ends the process with status 1 and `error: <message>` on standard error, without a traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def parse_cli(cls: type[T], arguments: list[str], description: str | None = None) -> T:
     """Type a tool's `key=value` arguments (nested keys with dots) as dataclass `cls`.
 
-    `--help` prints the fields and exits. Raises SystemExit with the message on a wrong argument.
+    `--help` prints the fields and exits. Raises ConfigError, naming the argument, for a wrong one.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print((description or "").strip(), _usage(cls), sep="\n\n")
         raise SystemExit(0)
     wrong = [argument for argument in arguments if "=" not in argument]
     if wrong:
-        raise SystemExit(f"{wrong[0]}: arguments have the form key=value; --help lists the keys")
-    try:
-        return typed(cls, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
-    except ConfigError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+        raise ConfigError(f"{wrong[0]}: arguments have the form key=value; --help lists the keys")
+    return typed(cls, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
 
 
 def _usage(cls: type, prefix: str = "") -> str:

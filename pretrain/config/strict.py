@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -141,4 +142,26 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
 
 def nested_class(hint: Any) -> type | None:
     """The dataclass that a type hint names, alone or with None; None for any other hint."""
-    return next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
+
+
+def with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Plain `values` of dataclass `cls`, with the defaults of those fields that they lack, nested blocks included.
+
+    A field without a default stays absent, and values that `cls` does not know stay as they are: this completes what
+    was written before a field existed, and refuses nothing.
+    """
+    completed, hints = dict(values), get_type_hints(cls)
+    for f in fields(cls):
+        nested = nested_class(hints[f.name])
+        if f.name not in completed and f.default is not MISSING:
+            completed[f.name] = f.default
+        elif f.name not in completed and f.default_factory is not MISSING:
+            completed[f.name] = f.default_factory()
+        value = completed.get(f.name)
+        if is_dataclass(value):
+            completed[f.name] = asdict(value)
+        elif nested is not None and isinstance(value, dict):
+            completed[f.name] = with_defaults(nested, value)
+    return completed

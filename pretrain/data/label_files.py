@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from pretrain.files import open_new
+
 
 def label_dtype(num_classes: int) -> np.dtype:
     """The smallest of int16 and int32 that holds the classes."""
     return np.dtype(np.int16 if num_classes <= np.iinfo(np.int16).max else np.int32)
-
-
-@contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary neighbour of `path`, flush it to disk and rename it to `path` when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open(mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class LabelWriter:
@@ -81,16 +67,16 @@ def merge_shards(directory: Path, split: str, num_classes: int, shards: Sequence
     paths = [_shard_paths(directory, split, shard) for shard in shards]
     counts = np.concatenate([np.load(path["counts"]) for path in paths])
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    with atomic_file(directory / f"{split}.npy") as file:
+    with open_new(directory / f"{split}.npy") as file:
         descr = np.lib.format.dtype_to_descr(label_dtype(num_classes))
         header = {"descr": descr, "fortran_order": False, "shape": (int(offsets[-1]),)}
         np.lib.format.write_array_header_1_0(file, header)
         _append_all(file, [path["array"] for path in paths])
-    with atomic_file(directory / f"{split}.offsets.npy") as file:
+    with open_new(directory / f"{split}.offsets.npy") as file:
         np.save(file, offsets)
     texts = [path["text"] for path in paths if path["text"].exists()]
     if texts:
-        with atomic_file(directory / f"{split}.km") as file:
+        with open_new(directory / f"{split}.km") as file:
             _append_all(file, texts)
     for path in paths:
         for part in path.values():
@@ -99,7 +85,7 @@ def merge_shards(directory: Path, split: str, num_classes: int, shards: Sequence
 
 def write_dictionary(directory: Path, num_classes: int) -> None:
     """Write fairseq's dict.km.txt: "k 1" for every class."""
-    with atomic_file(directory / "dict.km.txt", "w") as file:
+    with open_new(directory / "dict.km.txt", "w") as file:
         file.writelines(f"{k} 1\n" for k in range(num_classes))
 
 
@@ -127,7 +113,7 @@ def parse_fairseq_split(directory: Path, split: str, num_classes: int) -> list[s
         writer.discard()
         return problems
     merge_shards(directory, split, num_classes, [writer.shard])
-    with atomic_file(stamp, "w") as file:
+    with open_new(stamp, "w") as file:
         json.dump(current, file)
     return []
 

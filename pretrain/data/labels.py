@@ -16,7 +16,6 @@ import numpy as np
 from pretrain.data.audio import AudioError
 from pretrain.data.label_files import (
     LabelWriter,
-    atomic_file,
     label_dtype,
     merge_shards,
     parse_fairseq_split,
@@ -24,6 +23,7 @@ from pretrain.data.label_files import (
 )
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
+from pretrain.files import open_new
 
 SAMPLE_RATE = 16000
 WINDOW_SAMPLES = 400
@@ -213,7 +213,7 @@ def join_splits(
 def publish_labels(directory: Path, info: LabelInfoFile) -> None:
     """Write the dictionary and, last, labels.json: from then on the directory counts as complete."""
     write_dictionary(directory, info.num_classes)
-    with atomic_file(directory / "labels.json", "w") as file:
+    with open_new(directory / "labels.json", "w") as file:
         file.write(info.to_json())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pretrain.data.archive import parse_range, stored_entries
 from pretrain.errors import UserError
+from pretrain.files import open_new
 
 CHUNK_BYTES = 1 << 24
 MAX_DIGITS = 15
@@ -192,18 +193,11 @@ def write_manifest(path: Path, root: Path, rows: Iterable[tuple[str, int]]) -> N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(os.fsencode(root) + b"\n")
-            for relative, length in rows:
-                if set("\t\r\n") & set(relative):
-                    raise ManifestError(f"{path}: {relative!r}: a tab or line break in a file name; rename the file")
-                if length <= 0:
-                    raise ManifestError(f"{path}: {relative}: {length} samples; leave the file out")
-                file.write(os.fsencode(relative) + b"\t%d\n" % length)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_new(path) as file:
+        file.write(os.fsencode(root) + b"\n")
+        for relative, length in rows:
+            if set("\t\r\n") & set(relative):
+                raise ManifestError(f"{path}: {relative!r}: a tab or line break in a file name; rename the file")
+            if length <= 0:
+                raise ManifestError(f"{path}: {relative}: {length} samples; leave the file out")
+            file.write(os.fsencode(relative) + b"\t%d\n" % length)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import nearest
-from pretrain.data.label_files import atomic_file
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
+from pretrain.files import open_new
 from pretrain.method import TargetKind
 
 LISTED_LINES = 10
@@ -170,5 +170,5 @@ def make_dictionary(lines: Iterable[Line | None]) -> list[str]:
 
 def write_dictionary(path: Path, symbols: list[str]) -> None:
     """One symbol a line."""
-    with atomic_file(path, "w") as file:
+    with open_new(path, "w") as file:
         file.writelines(f"{symbol}\n" for symbol in symbols)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pretrain.files import new_file
 
 BASELINE, UNTRAINED, UPSTREAM = "baseline", "untrained", "upstream"
 
@@ -147,10 +148,10 @@ def write_report(report: Report, output: Path) -> list[Path]:
     """Write probe.json, probe.md and probe.png into `output`, each by renaming a finished file. Returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / name for name in ("probe.json", "probe.md", "probe.png")]
-    partial = [path.with_name(f"partial-{path.name}") for path in paths]
-    partial[0].write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial[1].write_text(report.markdown(), encoding="utf-8")
-    _figure(report).savefig(partial[2], dpi=120)
-    for source, target in zip(partial, paths, strict=True):
-        os.replace(source, target)
+    contents = (json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", report.markdown())
+    for path, content in zip(paths[:2], contents, strict=True):
+        with new_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    with new_file(paths[2]) as temporary:
+        _figure(report).savefig(temporary, dpi=120, format="png")
     return paths

@@ -245,14 +245,26 @@ def moment_reader(checkpoint: Path) -> Iterator[Any]:
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """Refuse to resume with another method, batch, crop, seed, audio or labels. Raises CheckpointError with both."""
-    changed = [key for key in now if saved.get(key) != now[key]]
+    """Refuse to resume with another method, batch, crop, seed, audio or labels. Raises CheckpointError with both.
+
+    A fact that `saved` lacks, at any depth, is one that its run did not know yet: None.
+    """
+    changed = [key for key in now if not _same(saved.get(key), now[key])]
     if changed:
         lines = "\n".join(f"  {key}: was {saved.get(key)}, is {now[key]}" for key in changed)
         raise CheckpointError(
             f"{run_dir}: holds a run with other settings; start under another name=, take over its weights with "
             f"init_from={run_dir}, or restore these:\n{lines}"
         )
+
+
+def _same(saved: Any, now: Any) -> bool:
+    """Whether two facts agree, tuples being the lists that JSON makes of them."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(_same(saved.get(key), now.get(key)) for key in saved.keys() | now.keys())
+    if isinstance(now, list | tuple) and isinstance(saved, list | tuple):
+        return len(saved) == len(now) and all(map(_same, saved, now))
+    return bool(saved == now)
 
 
 @contextmanager

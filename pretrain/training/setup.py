@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, typed_method
+from pretrain.config import BatchConfig, ConfigError, CropConfig, RunConfig, typed_method, with_defaults
 from pretrain.data.augment.augmenter import Augmenter, open_augmenter
 from pretrain.data.augment.options import AugmentError
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.utterance_targets import write_dictionary
+from pretrain.files import new_directory
 from pretrain.method import Collator, Method, load_method
 from pretrain.training import checkpoint
 from pretrain.training.distributed import join_world, share_cores
@@ -58,7 +59,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
         method.begin(corpus.found)
     else:
         state = checkpoint.load_state(found)
-        checkpoint.check_identity(state.identity, identity, config.run_dir)
+        checkpoint.check_identity(_completed(state.identity, method_class), identity, config.run_dir)
         method.load_state_dict(checkpoint.load_weights(found))
         notes.append(f"resuming from {found}: update {state.update}")
     method.to(world.device)
@@ -146,15 +147,19 @@ def open_augmentation(config: RunConfig, corpus: Corpus, collator: Collator) -> 
 
 def _identity(resolved: dict[str, Any], corpus: Corpus, augmenter: Augmenter | None) -> dict[str, Any]:
     """What may not change between two starts of one run; see `checkpoint.check_identity`."""
-    # Options that runs begun before they existed lack count only where they are used.
-    batch, crop = ({k: v for k, v in resolved[name].items() if v not in (None, False)} for name in ("batch", "crop"))
     augment = None if augmenter is None else augmenter.identity()
-    own = {"method": resolved["method"], "batch": batch, "crop": crop, "seed": resolved["seed"], "augment": augment}
-    return own | corpus.identity()
+    own = {name: resolved[name] for name in ("method", "batch", "crop", "seed")}
+    return own | {"augment": augment} | corpus.identity()
+
+
+def _completed(identity: dict[str, Any], method_class: type[Method]) -> dict[str, Any]:
+    """The identity of a checkpoint, where options that came after it have their defaults, which change nothing."""
+    classes = {"method": method_class.Config, "batch": BatchConfig, "crop": CropConfig}
+    return identity | {name: with_defaults(cls, identity[name]) for name, cls in classes.items()}
 
 
 def _keep_kmeans(source: Path | None, target: Path) -> None:
     """The k-means model of the labels stays with the run and goes into its exports."""
     if source is not None and not target.exists():
-        shutil.copytree(source, target.with_suffix(".tmp"), dirs_exist_ok=True)
-        target.with_suffix(".tmp").rename(target)
+        with new_directory(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)

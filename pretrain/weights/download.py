@@ -12,9 +12,9 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
+from pretrain.files import new_directory, new_file
 from pretrain.weights.interop.files import (
     HUGGINGFACE_WEIGHTS,
-    new_directory,
     read_json,
     shard_names,
 )
@@ -57,12 +57,8 @@ def fetch(url: str, refresh: bool = False) -> Path:
 
 
 def _download_file(url: str, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(target) as temporary:
         _download(url, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _download_directory(url: str, folder: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.config import nearest
+from pretrain.files import new_directory
 from pretrain.method import Encoder, load_interop, load_method
 from pretrain.weights.download import file_sha256
 from pretrain.weights.interop.files import (
-    new_directory,
     write_huggingface,
     write_json,
     write_named,

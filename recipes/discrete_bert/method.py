@@ -170,8 +170,8 @@ class DiscreteBertMethod(Method):
 
     @classmethod
     def targets(cls, config: DiscreteBertConfig) -> list[TargetSpec]:
-        """One label set, of the dictionary's pairs and <unk>, made by tools/quantize.py; on the sample, k-means on MFCC
-        takes the quantizer's place.
+        """One label set, of the dictionary's pairs and <unk>, made by tools/make_tokens.py; on the sample, k-means on
+        MFCC takes the quantizer's place.
         """
 
         def make(data_dir: Path, output_dir: Path) -> Path:
@@ -182,7 +182,7 @@ class DiscreteBertMethod(Method):
             clusters = min(MFCC_CLUSTERS, config.encoder.vocab_size - SPECIALS - 1)
             return ensure_kmeans_tokens(data_dir, output_dir, clusters)
 
-        command = "python tools/quantize.py checkpoint=<a trained vq-wav2vec> data.dir={dir}"
+        command = "python tools/make_tokens.py checkpoint=<a trained vq-wav2vec> data.dir={dir}"
         source = LabelSource("tokens by k-means on MFCC", command, make)
         return [TargetSpec(TOKENS, "frames", config.encoder.vocab_size - NO_CLASSES, source=source)]
 
@@ -226,7 +226,7 @@ class DiscreteBertMethod(Method):
         if bool((known != UNK).any()) and not torch.equal(known.cpu(), tokens):
             raise LabelError(
                 f"{directory}: dict.txt: is not the dictionary that init_from was trained with; make the tokens with "
-                "tools/quantize.py tokens=<its token directory>"
+                "tools/make_tokens.py tokens=<its token directory>"
             )
         known.copy_(tokens)
         load_tokenizer(tokenizer, directory)

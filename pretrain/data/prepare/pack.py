@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pretrain.data.archive import parse_range, stored_entries
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.errors import UserError
+from pretrain.files import new_file
 
 COPY_BYTES = 1 << 20
 MAX_ENTRIES = 1 << 20  # keeps an archive's directory small enough to read at once
@@ -71,8 +72,7 @@ def _archives(manifest: Manifest, archive_bytes: int) -> Iterator[range]:
 
 def _write_archive(archive: Path, manifest: Manifest, rows: range) -> list[tuple[int, int]]:
     """Write one archive in one move; returns (offset, length) in bytes of every row's file."""
-    temporary = archive.with_name(f".{archive.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(archive, durable=True) as temporary:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as file:
             for row in rows:
                 # A fixed date (the format's first) makes equal input give equal archives.
@@ -82,9 +82,4 @@ def _write_archive(archive: Path, manifest: Manifest, rows: range) -> list[tuple
                 with open(manifest.path(row), "rb") as source, file.open(entry, "w") as destination:
                     shutil.copyfileobj(source, destination, COPY_BYTES)
         ranges = sorted((offset, length) for offset, (_, length) in stored_entries(str(temporary)).items())
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, archive)
-    finally:
-        temporary.unlink(missing_ok=True)
     return ranges

@@ -20,6 +20,7 @@ from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
+from pretrain.files import take_place
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import (
     MAX_CHUNK_SECONDS,
@@ -347,15 +348,3 @@ def _publish(
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     publish_labels(work, LabelInfoFile(model.rate_hz, model.num_clusters, model.sha256, splits))
     take_place(work, output)
-
-
-def take_place(work: Path, output: Path) -> None:
-    """Give the finished directory `work` the name `output`, in place of what had it."""
-    if output.exists():
-        replaced = work.with_name(f".{output.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-        work.rename(output)
-        shutil.rmtree(replaced)
-    else:
-        work.rename(output)

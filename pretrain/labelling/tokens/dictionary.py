@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from pretrain.data.label_files import atomic_file
 from pretrain.data.labels import LabelError
+from pretrain.files import open_new
 
 UNKNOWN_CLASS = 0  # of the labels in a token directory; the dictionary's lines are classes 1 to N
 FILE = "dict.txt"
-REMEDY = "make the tokens again with tools/quantize.py"
+REMEDY = "make the tokens again with tools/make_tokens.py"
 
 
 def code_numbers(codes: Tensor, entries: int) -> Tensor:
@@ -86,5 +86,5 @@ class TokenDictionary:
 
     def write(self, directory: Path) -> None:
         """Write dict.txt."""
-        with atomic_file(directory / FILE, "w") as file:
+        with open_new(directory / FILE, "w") as file:
             file.write(self.text())

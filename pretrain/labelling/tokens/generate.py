@@ -24,12 +24,12 @@ from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.labels import SAMPLE_RATE, LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
+from pretrain.files import take_place
 from pretrain.labelling.kmeans.generate import (
     LabelData,
     ensure_mfcc_labels,
     labels_fit,
     read_manifests,
-    take_place,
     work_directory,
 )
 from pretrain.labelling.kmeans.model import KMeansModel

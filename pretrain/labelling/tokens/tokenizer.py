@@ -89,7 +89,7 @@ def tokenizer_of(directory: Path) -> tuple[str, dict[str, Any]]:
     path = directory / FOLDER / "config.json"
     if not path.is_file():
         raise LabelError(
-            f"{path}: missing, so {directory} holds labels but no tokens; make them with tools/quantize.py and give "
+            f"{path}: missing, so {directory} holds labels but no tokens; make them with tools/make_tokens.py and give "
             "data.labels=<its output>"
         )
     content = read_json(path)

@@ -6,9 +6,7 @@ import argparse
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.files import new_directory, new_file
 from pretrain.weights.interop.types import HuggingFaceModel, InteropError, NamedFiles
 
 # One file, or the index of several; safetensors first, where a directory holds both.
@@ -112,12 +111,8 @@ def write_torch(path: Path, content: Mapping[str, Any], with_namespaces: bool = 
     `with_namespaces` writes argparse.Namespace too, which weights-only loading takes only where it is declared safe.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         torch.save(_plain(content, str(path), with_namespaces), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_named(directory: Path, named: NamedFiles) -> None:
@@ -152,23 +147,6 @@ def give_default_mode(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write readable JSON with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends, and vanishes when it raises."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _plain(value: Any, where: str, with_namespaces: bool) -> Any:
