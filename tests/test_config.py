@@ -149,7 +149,10 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
             {"crop": {"min_seconds": 3.0, "max_seconds": 2.0}},
             r"crop: need 0 < min_seconds <= max_seconds, not 3\.0",
         ),
-        ({"optimizer": TINY["optimizer"] | {"name": "adam"}}, r"optimizer\.name: unknown optimiser 'adam'"),
+        (
+            {"optimizer": TINY["optimizer"] | {"name": "sgd"}},
+            r"optimizer\.name: unknown optimiser 'sgd'; known: adam, adamw",
+        ),
         ({"precision": "fp8"}, r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
         ({"init_head": "drop"}, r"init_head: 'drop' is not one of keep, reset"),
         ({"method": {}}, r"method\.name: missing; choose a recipe"),

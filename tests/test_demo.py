@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from pretrain.config import ConfigError
+from pretrain.errors import UserError
 from tools import demo
 
 
@@ -66,7 +67,7 @@ def test_training_that_did_not_help_is_named(accuracy: float) -> None:
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         demo.prepare(demo.DemoOptions(output=str(tmp_path)))
     assert tmp_path.is_dir()
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pretrain.config import PRECISIONS, ROOT, ConfigError, parse_cli
+from pretrain.config import PRECISIONS, ROOT, ConfigError, parse_cli, run_tool
+from pretrain.errors import UserError
 from pretrain.probe.report import BASELINE, UNTRAINED, UPSTREAM
 
 DEFAULT_OUTPUT = "outputs/demo"
@@ -78,14 +79,14 @@ def commands(options: DemoOptions, ranks: int) -> list[str]:
 
 
 def run(command: str, number: str) -> None:
-    """Print one command and run it with this environment's programs. Raises SystemExit where it fails."""
+    """Print one command and run it with this environment's programs. Raises UserError where it fails."""
     print(f"\n[{number}] $ {command}", flush=True)
     programs = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     started = time.monotonic()
     status = subprocess.run(shlex.split(command), cwd=ROOT, env={**threads, **os.environ, **programs}).returncode
     if status:
-        raise SystemExit(f"error: this command ended with status {status}: {command}")
+        raise UserError(f"this command ended with status {status}: {command}")
     print(f"[{number}] {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -147,18 +148,21 @@ def verdict(probe: dict[str, Any]) -> str:
 
 
 def prepare(options: DemoOptions) -> None:
-    """Remove an earlier demo from the default folder. Raises SystemExit where another folder is there already."""
+    """Remove an earlier demo from the default folder. Raises UserError where another folder is there already."""
     folder = ROOT / options.output
     if options.output == DEFAULT_OUTPUT:
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
-        raise SystemExit(f"demo: output: {options.output} is there already; name a folder that is not")
+        raise UserError(f"output: {options.output} is there already; name a folder that is not")
 
 
-def main() -> None:
-    """Run every command, then say where the results are and what training changed."""
+def main(arguments: list[str]) -> None:
+    """Run every command, then say where the results are and what training changed.
+
+    Raises UserError where a command fails, and where the trained network is no better than the untrained one.
+    """
     started = time.monotonic()
-    options = parse_cli(DemoOptions, sys.argv[1:], __doc__)
+    options = parse_cli(DemoOptions, arguments, __doc__)
     prepare(options)
     # Two ranks show the distributed path; on one GPU there can be only one.
     ranks = min(MAX_RANKS, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
@@ -173,9 +177,10 @@ def main() -> None:
     }
     print(places(options.output), comparison(probe, units), sep="\n\n")
     print(f"\nThe demo took {time.monotonic() - started:.0f} s.")
+    if not improved(probe):
+        raise UserError(verdict(probe))
     print(verdict(probe))
-    raise SystemExit(0 if improved(probe) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
