@@ -114,7 +114,7 @@ def test_a_full_disk_does_not_stop_training_but_no_run_ends_unsaved(
 
 
 def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.training.trainer.MIN_ROWS_FOR_BAD_SHARE", 10)
+    monkeypatch.setattr("pretrain.training.run_log.MIN_ROWS_FOR_BAD_SHARE", 10)
     trainer = build("data.max_bad_share=0.2")
     bad = trainer.reader.manifest.path(int(trainer.reader.plan.rows[0]))
     real = trainer.reader._example
