@@ -81,12 +81,12 @@ def test_an_inactive_group_is_left_alone(unbroken: Path) -> None:
     assert not TaggingMethod.trains_speakers(Progress(0, 3, 0))
 
 
-def test_a_group_has_a_rate_of_its_own(unbroken: Path, data: Path, world: World, tmp_path: Path) -> None:
-    """Adam's first update moves every weight by its rate, so a tenth of the rate is a tenth of the way."""
-    with ExitStack() as resources:
-        before = build(data, tmp_path / "out", resources).engine.weights(keep=True)
-    moved = {name: (value - before[name]).abs().max() for name, value in weights(unbroken, 1).items()}
-    assert moved["tag_head.weight"] / moved["final_proj.weight"] == pytest.approx(0.1, rel=0.05)
+def test_a_group_has_a_rate_of_its_own(unbroken: Path) -> None:
+    """Adam moves the quickest weight of a tensor by about its rate; the first update of the warm-up has a rate of 0."""
+    before, after = weights(unbroken, 1), weights(unbroken, 2)
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
+    assert moved["final_proj.weight"] > 0
+    assert moved["tag_head.weight"] / moved["final_proj.weight"] == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_score_of_the_whole_validation_is_sklearns(unbroken: Path) -> None:
