@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import csv
 import re
-import subprocess
-import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from small_run import environment
+from conftest import ROOT, run_python
+from contract_run import figures, train
+from safetensors.torch import load_file
 
-from pretrain.config import CONF_DIR, compose_recipe, recipe_names, run_config, typed
+from pretrain.config import CONF_DIR, compose_recipe, recipe_names, run_config, typed_method
+from pretrain.data.loader import planned_reader
 from pretrain.method import Encoder, Method, load_method, method_names
+from pretrain.training.distributed import World
+from pretrain.training.precision import compare
 from pretrain.training.schedule import build_schedule
+from pretrain.training.setup import open_run
 from pretrain.upstream import Upstream
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 ALIASES = [name for name in recipe_names() if len((CONF_DIR / "recipe" / f"{name}.yaml").read_text().split("\n")) <= 3]
 
 
+@cache
+def _composed(recipe: str) -> dict[str, Any]:
+    return compose_recipe(recipe)
+
+
+def composed(recipe: str) -> dict[str, Any]:
+    """The configuration of `recipe`, composed once for all tests of this file; free to be changed."""
+    return deepcopy(_composed(recipe))
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_composes_types_and_builds(recipe: str) -> None:
-    config = run_config(compose_recipe(recipe, ["data.dir=somewhere"]))
+    values = composed(recipe)
+    values["data"]["dir"] = "somewhere"
+    config = run_config(values)
     build_schedule(config.schedule)
     package = load_method(config.method["name"])
-    method_config = typed(package.Method.Config, config.method, "method")
+    method_config = typed_method(package.Method.Config, config.method)
     with torch.device("meta"):
         method: Method = package.Method(method_config)
     assert isinstance(method.encoder, Encoder)
@@ -50,8 +68,9 @@ def _is_published(recipe: str) -> bool:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_an_encoder_is_built_again_from_its_config(recipe: str) -> None:
-    package = load_method(compose_recipe(recipe)["method"]["name"])
-    method_config = typed(package.Method.Config, compose_recipe(recipe)["method"], "method")
+    block = composed(recipe)["method"]
+    package = load_method(block["name"])
+    method_config = typed_method(package.Method.Config, block)
     with torch.device("meta"):
         encoder = package.Method(method_config).encoder
         again = package.Encoder.from_config(encoder.to_config())
@@ -66,7 +85,7 @@ def test_an_alias_is_a_file_of_two_lines(recipe: str) -> None:
     match = re.fullmatch(r"defaults: \[(\w+)\]", second)
     assert match, second
     assert end == ""
-    original, alias = compose_recipe(match[1]), compose_recipe(recipe)
+    original, alias = composed(match[1]), composed(recipe)
     assert original.pop("recipe") != alias.pop("recipe")
     assert original == alias
 
@@ -103,28 +122,70 @@ def test_every_published_name_of_a_method_that_is_here(shared_dir: Path) -> None
 
 
 def test_every_method_has_a_tiny_recipe() -> None:
-    methods = {compose_recipe(name)["method"]["name"] for name in recipe_names()}
-    assert {compose_recipe(name)["method"]["name"] for name in TINY} == methods
+    methods = {composed(name)["method"]["name"] for name in recipe_names()}
+    assert {composed(name)["method"]["name"] for name in TINY} == methods
 
 
-def train(recipe: str, output: Path, updates: int) -> str:
-    """The recipe as it is, until `updates`; returns what was printed."""
-    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), f"recipe={recipe}", f"output_dir={output}"]
-    command += [f"trainer.stop_after_updates={updates}", "trainer.max_validation_batches=1", "trainer.threads=1"]
-    done = subprocess.run(
-        command, cwd=output.parent, env=environment(), capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr + done.stdout
+@pytest.fixture(scope="module")
+def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with an unbroken run of two updates of every tiny recipe, each made when it is first asked for."""
+    return tmp_path_factory.mktemp("unbroken")
 
 
+def unbroken_run(folder: Path, recipe: str) -> Path:
+    """The run of `recipe` in `folder`."""
+    if not (folder / recipe).is_dir():
+        train(recipe, folder, 2)
+    return folder / recipe
+
+
+@pytest.fixture(scope="module")
+def two_rank_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two updates of every tiny recipe on two ranks, all in one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = run_python([str(ROOT / "tests" / "contract_run.py"), str(folder), *TINY], ranks=2, timeout=1500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same tensors to the bit."""
+    mine, theirs = load_file(one), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.xdist_group("contract")
 @pytest.mark.parametrize("recipe", TINY)
-def test_a_tiny_recipe_trains_resumes_exports_and_reloads(recipe: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    train(recipe, output, 1)
-    assert f"resuming from {output / recipe}" in train(recipe, output, 2)
-    run = output / recipe
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000001", "step_00000002"]
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Path, tmp_path: Path) -> None:
+    """State that no checkpoint holds would show here: figures, weights and moments after 1 + 1 updates and after 2."""
+    train(recipe, tmp_path, 1)
+    assert any(f"resuming from {tmp_path / recipe}" in note for note in train(recipe, tmp_path, 2))
+    run, whole = tmp_path / recipe, unbroken_run(unbroken, recipe)
+    assert figures(run) == figures(whole)
+    first, last = "step_00000001", "step_00000002"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [first, last]
+    for file in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
+        assert same_tensors(run / "checkpoints" / last / file, whole / "checkpoints" / last / file), file
+    # The second update moved the network, so the equalities are not those of initial weights.
+    assert not same_tensors(*(run / "checkpoints" / step / "model.safetensors" for step in (first, last)))
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("recipe", TINY)
+def test_two_ranks_follow_one(recipe: str, unbroken: Path, two_rank_runs: Path) -> None:
+    """1 rank x 2 micro-batches and 2 ranks x 1 have the same losses, whatever the order of the sums."""
+    mine, theirs = figures(two_rank_runs / recipe), figures(unbroken_run(unbroken, recipe))
+    for update in (1, 2):
+        losses = {name for name in mine[update] if name.startswith("train/loss")} | {"train/gradient_norm"}
+        for name in losses:
+            expected = theirs[update][name]
+            assert mine[update][name] == (expected and pytest.approx(expected, rel=1e-4, abs=1e-6)), name
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("recipe", TINY)
+def test_the_export_is_the_checkpoint(recipe: str, unbroken: Path) -> None:
+    run = unbroken_run(unbroken, recipe)
     wavs, lengths = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0)), torch.tensor([16_000, 12_345])
     states = []
     for source in (run, run / "export", run / "checkpoints" / "step_00000002"):
@@ -135,12 +196,22 @@ def test_a_tiny_recipe_trains_resumes_exports_and_reloads(recipe: str, tmp_path:
         rates = upstream.downsample_rates
         assert [lens.tolist() for lens in all_lens] == [((lengths - 1) // rate + 1).tolist() for rate in rates]
         states.append(all_hs)
-    first = Upstream(recipe, path_or_url=str(run / "checkpoints" / "step_00000001")).eval()
-    with torch.no_grad():
-        before, _ = first(wavs, lengths)
-    for hs, export, step, earlier in zip(*states, before, strict=True):
+    for hs, export, step in zip(*states, strict=True):
         assert torch.isfinite(hs).all()
         assert torch.equal(hs, export)
         assert torch.equal(hs, step)
-        # The second update moved the encoder, so the equalities are not those of untrained weights.
-        assert not torch.equal(hs, earlier)
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("recipe", TINY)
+def test_every_layer_is_right_in_bf16(recipe: str, world: World, unbroken: Path) -> None:
+    """On equal inputs no layer differs from float32 by more than rounding; on any processor."""
+    config = run_config(compose_recipe(recipe, [f"output_dir={unbroken}"]))
+    method_class, method_config, corpus = open_run(config)
+    torch.manual_seed(0)
+    method = method_class(method_config)
+    method.begin(corpus.found)
+    reader = planned_reader(config, corpus.train, method_class.collator(method_config), corpus.mix)
+    difference = compare(method, reader[reader.plan.small_micro_batch()], "bf16", world.device)
+    assert difference.wrong_layer is None, difference
+    assert difference.largest < 0.03, difference

@@ -1,0 +1,43 @@
+"""Short runs of recipes as they are, in this process or under torchrun: contract_run.py <output> <recipe> ..."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from pretrain.config import compose_recipe, run_config
+from pretrain.training.setup import build_trainer
+
+NOT_COMPARED = ("speed/", "memory/")  # of the machine, not of the training
+
+
+def train(recipe: str, output: Path, updates: int) -> list[str]:
+    """Train `recipe` in fp32 on the embedded sample until `updates`; returns what the run says at its start."""
+    options = [f"output_dir={output}", f"trainer.stop_after_updates={updates}", "trainer.max_validation_batches=2"]
+    options += ["precision=fp32", "data.workers=0", "trainer.threads=1", "trainer.log_every=1"]
+    options += ["trainer.memory_probe=false"]
+    with ExitStack() as resources:
+        trainer = build_trainer(run_config(compose_recipe(recipe, options)), resources)
+        assert trainer.fit() == 0
+    return trainer.run.notes
+
+
+def figures(run: Path) -> dict[int, dict[str, float | None]]:
+    """The training figures of a run by update, without those of the machine; None where one is no number."""
+    text = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=lambda name: None) for line in text.splitlines()]
+    return {
+        line["update"]: {name: value for name, value in line.items() if not name.startswith(NOT_COMPARED)}
+        for line in lines
+        if "train/loss" in line
+    }
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        train(name, Path(sys.argv[1]), 2)
+    torch.distributed.destroy_process_group()
