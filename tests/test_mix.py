@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from test_plan import epoch, make_plan, same, speech_lengths
 
 from pretrain.config import ConfigError
-from pretrain.data.mix import Mix, Slots, largest_remainder
+from pretrain.data.mix import Draws, Mix, largest_remainder
 from pretrain.data.plan import Plan, rank_share
 
 SIZES = {"en": 3000, "fr": 300, "it": 40}
@@ -47,7 +47,7 @@ def test_largest_remainder(expected: list[float], total: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 7), (7, 3), (7, 17), (5, 1), (1, 4), (1000, 999), (12, 8)])
-def test_every_position_of_a_stratum_comes_as_often_on_average(size: int, count: int) -> None:
+def test_every_position_of_a_sampling_group_comes_as_often_on_average(size: int, count: int) -> None:
     """Exactly: over all starts of the systematic sample, each position comes count / size times."""
 
     class Start:
@@ -57,13 +57,13 @@ def test_every_position_of_a_stratum_comes_as_often_on_average(size: int, count:
         def integers(self, sizes: np.ndarray) -> np.ndarray:
             return np.minimum(self.value, sizes - 1)
 
-    slots = Slots(np.array([size, 3]), np.array([count, 3]))
-    drawn = [slots.positions(Start(value)) for value in range(size)]  # type: ignore[arg-type]
-    seen = Counter(int(position) for positions in drawn for position in positions[slots.stratum == 0])
+    draws = Draws(np.array([size, 3]), np.array([count, 3]))
+    drawn = [draws.positions(Start(value)) for value in range(size)]  # type: ignore[arg-type]
+    seen = Counter(int(position) for positions in drawn for position in positions[draws.sampling_group == 0])
     assert seen == dict.fromkeys(range(size), count)
     for positions in drawn:
-        assert ((slots.first <= positions) & (positions <= slots.last)).all()
-        assert len(set(zip(positions.tolist(), slots.copies.tolist(), strict=True))) == count + 3
+        assert ((draws.first <= positions) & (positions <= draws.last)).all()
+        assert len(set(zip(positions.tolist(), draws.copies.tolist(), strict=True))) == count + 3
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.0, 0.3])

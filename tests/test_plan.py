@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pretrain.config import ConfigError
-from pretrain.data.plan import LADDER_SHAPES, MicroBatch, Plan, rank_share
+from pretrain.data.buckets import MAX_BUCKETS
+from pretrain.data.plan import MicroBatch, Plan, rank_share
 
 STRIDE, FIELD = 320, 400
 MIN_SECONDS, MAX_SECONDS, BUDGET_SECONDS = 1.0, 8.0, 30.0
@@ -77,7 +78,7 @@ def test_little_audio_is_cut_away_and_shapes_are_few(plan: Plan, lengths: np.nda
     kept = sum(len(batch.rows) * batch.crop_samples for batch in epoch(plan, 0))
     assert kept / usable == pytest.approx(plan.kept_share)
     assert kept / usable > 0.93
-    assert len({batch.crop_samples for batch in epoch(plan, 0)}) <= LADDER_SHAPES + 1
+    assert len({batch.crop_samples for batch in epoch(plan, 0)}) <= MAX_BUCKETS + 1
 
 
 def test_a_row_longer_than_the_budget_goes_alone() -> None:

@@ -1,4 +1,4 @@
-"""Several corpora in one plan: the share of audio that each gets, and the places that its rows take in an epoch."""
+"""Several corpora in one plan: the share of audio that each gets, and how often its rows are drawn in an epoch."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ class Mix:
         wanted = (samples / samples.sum()) ** self.alpha if self.weights is None else np.array(self.weights)
         return wanted / wanted.sum()
 
-    def places(self, usable: np.ndarray, corpus: np.ndarray, stratum: np.ndarray) -> np.ndarray:
-        """Places of each stratum in an epoch, as many in all as keep the epoch's audio about as long as the corpora's.
+    def draws(self, usable: np.ndarray, corpus: np.ndarray, sampling_group: np.ndarray) -> np.ndarray:
+        """Draws from each sampling group in an epoch, as many in all as keep the epoch's audio about as long as before.
 
-        `usable` (n,) samples, `corpus` (n,) and `stratum` (n,) from 0 belong to the plan's rows; a stratum lies within
-        one corpus and gets at least one place, so that none of its rows is left out for good. Raises ConfigError where
-        a corpus gets fewer places than it has strata.
+        `usable` (n,) samples, `corpus` (n,) and `sampling_group` (n,) from 0 belong to the plan's rows. A sampling
+        group lies within one corpus and gets at least one draw, so that none of its rows is left out for good. Raises
+        ConfigError where a corpus gets fewer draws than it has sampling groups.
         """
         samples = np.bincount(corpus, usable, len(self.tags))
         passes = self.shares(samples) * samples.sum() / samples
         expected = np.bincount(corpus, minlength=len(self.tags)) * passes
         of_corpus = largest_remainder(expected, max(len(self.tags), round(expected.sum())))
-        sizes = np.bincount(stratum)
-        corpus_of_stratum = np.zeros(len(sizes), np.int64)
-        corpus_of_stratum[stratum] = corpus
+        sizes = np.bincount(sampling_group)
+        corpus_of_group = np.zeros(len(sizes), np.int64)
+        corpus_of_group[sampling_group] = corpus
         counts = np.zeros(len(sizes), np.int64)
         for index, tag in enumerate(self.tags):
-            mine = corpus_of_stratum == index
+            mine = corpus_of_group == index
             if of_corpus[index] < mine.sum():
                 raise ConfigError(
                     f"data.corpora: '{tag}' gets {of_corpus[index]} utterances an epoch for its {mine.sum()} speakers; "
@@ -99,25 +99,25 @@ def largest_remainder(expected: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-class Slots:
-    """The places of an epoch whose rows stand in strata, stratum s with `sizes[s]` rows and `counts[s]` places.
+class Draws:
+    """The draws of an epoch from sampling groups: group g has `sizes[g]` rows and is drawn from `counts[g]` times.
 
-    A stratum is passed over count // size times; the rest is a systematic sample with a random start, in which no row
-    comes twice. So the number of places never changes and every row comes count / size times an epoch on average.
-    Positions count the rows of all strata, one stratum after the other. `first` and `last` (M,) are the lowest and
-    highest position that a place can get, `copies` (M,) how many earlier passes of the epoch have had its row.
+    All rows of a group come count // size times; the rest is a systematic sample with a random start, in which no row
+    comes twice. So the number of draws never changes, and every row comes count / size times an epoch on average.
+    Positions count the rows of all groups, one group after the other. `first` and `last` (M,) are the lowest and the
+    highest position that a draw can give, `copies` (M,) how often its row came before in this epoch.
     """
 
     def __init__(self, sizes: np.ndarray, counts: np.ndarray) -> None:
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         passes, self._rest = counts // sizes, counts % sizes
-        stratum, index = _count_up(passes * sizes)
-        whole = self._starts[stratum] + index % sizes[stratum]
+        group, index = _count_up(passes * sizes)
+        whole = self._starts[group] + index % sizes[group]
         self._sampled, self._index = _count_up(self._rest)
-        self.stratum = np.concatenate([stratum, self._sampled])
+        self.sampling_group = np.concatenate([group, self._sampled])
         self.first = np.concatenate([whole, self._systematic(np.zeros_like(sizes))])
         self.last = np.concatenate([whole, self._systematic(sizes - 1)])
-        self.copies = np.concatenate([index // sizes[stratum], passes[self._sampled]])
+        self.copies = np.concatenate([index // sizes[group], passes[self._sampled]])
 
     def positions(self, rng: np.random.Generator) -> np.ndarray:
         """(M,) positions of one epoch."""
@@ -126,7 +126,7 @@ class Slots:
         return drawn
 
     def _systematic(self, starts: np.ndarray) -> np.ndarray:
-        """Every (size / rest)-th position of each stratum, from a start in 0 to size - 1, in exact integers."""
+        """Every (size / rest)-th position of each group, from a start in 0 to size - 1, in exact integers."""
         of = self._sampled
         return self._starts[of] + (self._index * self._sizes[of] + starts[of]) // self._rest[of]
 

@@ -2,7 +2,7 @@
 
 Utterances are sorted by length with random ties and cut into batches whose longest row fits the budget, as fairseq
 does; every row of a batch is then cropped to its shortest, so nothing is padded, or, where utterances are wanted whole,
-padded to its longest. Lengths are first rounded to a short ladder of shapes taken from the corpus' own distribution, so
+padded to its longest. Lengths are first rounded to a few buckets taken from the corpus' own distribution, so
 that compiled graphs stay few and ties are many enough to shuffle.
 """
 
@@ -16,9 +16,8 @@ import numpy as np
 
 from pretrain.config import ConfigError
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.data.mix import CorpusShare, Mix, Slots
-
-LADDER_SHAPES = 32
+from pretrain.data.buckets import Buckets
+from pretrain.data.mix import CorpusShare, Draws, Mix
 
 
 @dataclass(frozen=True)
@@ -66,62 +65,52 @@ class Plan:
                 f"crop.min_seconds: no utterance has {minimum / SAMPLE_RATE:g} s (the longest has {longest:.2f} s); "
                 "lower crop.min_seconds or check the manifest"
             )
-        self.seed, self.whole, self.stride_samples = seed, whole, stride_samples
-        self.grouped = groups is not None
+        self.seed, self.stride_samples = seed, stride_samples
         usable = np.minimum(lengths[self.rows], round(max_seconds * SAMPLE_RATE))
-        self.ladder, self.rung = _shapes(usable, stride_samples, receptive_field_samples, whole)
-        corpus = np.zeros(len(self.rows), np.int64) if mix is None else mix.corpus_of(self.rows)
-        stratum = corpus if groups is None else np.unique(groups[self.rows], return_inverse=True)[1]
-        mixed = mix is not None and not mix.is_natural
-        self._group = stratum if self.grouped else np.zeros(1, np.int64)
-        # Rows stand by stratum and then from long to short; rows of one key are exchangeable.
-        self._key = self._keys(stratum if mixed or self.grouped else 0, self.rung)
-        self._slots: Slots | None = None
-        self._slot_key = self._key
-        taken = usable  # samples of each row in an epoch, on average
-        if mix is not None and mixed:
-            sizes, places = np.bincount(stratum), mix.places(usable, corpus, stratum)
-            self._slots = Slots(sizes, places)
-            self._slot_key = self._keys_of(self._slots)
-            taken = usable * (places / sizes)[stratum]
-        self.bounds, self.crops = self._cut(round(seconds_per_micro_batch * SAMPLE_RATE))
+        self.buckets = Buckets.of_lengths(usable, stride_samples, receptive_field_samples, whole)
+        # Speakers, where batches keep to one; else all rows are one group.
+        self._group = None if groups is None else np.unique(groups[self.rows], return_inverse=True)[1]
+        taken = self._sample(usable, mix)
+        self.bounds, self.crops = self.buckets.cut(
+            np.sort(self._draw_key), round(seconds_per_micro_batch * SAMPLE_RATE)
+        )
         fed = taken.sum() if whole else (np.diff(self.bounds) * self.crops).sum()
         self.seconds_per_epoch = float(fed) / SAMPLE_RATE
         self.kept_share = float(fed / taken.sum())
-        self.shares = [] if mix is None else _shares(mix, lengths, np.bincount(corpus, taken, len(mix.tags)))
+        self.shares = [] if mix is None else _shares(mix, lengths, self.rows, taken)
         self._epoch_rows = lru_cache(maxsize=2)(self._shuffle)
 
-    def _keys(self, group: np.ndarray | int, rung: np.ndarray) -> np.ndarray:
-        """Integers that sort by group and then from long to short."""
-        return group * len(self.ladder) + (len(self.ladder) - 1 - rung.astype(np.int64))
+    def _sample(self, usable: np.ndarray, mix: Mix | None) -> np.ndarray:
+        """Settle how often each row comes in an epoch; (n,) samples of each row that an epoch takes on average.
 
-    def _keys_of(self, slots: Slots) -> np.ndarray:
-        """Keys of an epoch's places: all rows that a place can get fit its shape."""
-        rungs = len(self.ladder) - 1 - np.sort(self._key) % len(self.ladder)
-        rung = rungs[slots.first if self.whole else slots.last]
-        return self._keys(slots.stratum if self.grouped else 0, rung)
-
-    def _cut(self, budget_samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """Batch borders in the order of the keys, the same in every epoch, and the crop of each batch."""
-        group, falling = np.divmod(np.sort(self._slot_key), len(self.ladder))
-        sizes = self.ladder[len(self.ladder) - 1 - falling]
-        bounds = [0]
-        for end in [*(np.flatnonzero(np.diff(group)) + 1).tolist(), len(sizes)]:
-            while bounds[-1] < end:
-                bounds.append(min(end, bounds[-1] + max(1, int(budget_samples // sizes[bounds[-1]]))))
-        borders = np.array(bounds)
-        return borders, sizes[borders[:-1] if self.whole else borders[1:] - 1]
+        Rows are sorted by sampling group, and within it from long to short; rows of one key are exchangeable. The
+        sampling groups are the speakers where batches keep to one, else the corpora of a mix.
+        """
+        self._draws: Draws | None = None
+        own_group = 0 if self._group is None else self._group
+        if mix is None or mix.is_natural:
+            self._key = self._draw_key = self.buckets.keys(own_group, self.buckets.of_row)
+            return usable
+        corpus = mix.corpus_of(self.rows)
+        sampling_group = corpus if self._group is None else self._group
+        self._key = self.buckets.keys(sampling_group, self.buckets.of_row)
+        sizes, counts = np.bincount(sampling_group), mix.draws(usable, corpus, sampling_group)
+        self._draws = draws = Draws(sizes, counts)
+        # Every row that a draw can give fits the bucket of the draw.
+        buckets = self.buckets.bucket_of(np.sort(self._key))[draws.first if self.buckets.whole else draws.last]
+        self._draw_key = self.buckets.keys(0 if self._group is None else draws.sampling_group, buckets)
+        return usable * (counts / sizes)[sampling_group]
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Rows in the order of the keys with random ties, their copies, and the order in which the batches come."""
         rng = np.random.default_rng([self.seed, epoch])
         order = _random_ties(self._key, rng)
         batches = rng.permutation(len(self.crops))
-        if self._slots is None:
+        if self._draws is None:
             return self.rows[order], None, batches
-        drawn = order[self._slots.positions(rng)]
-        by_key = _random_ties(self._slot_key, rng)
-        return self.rows[drawn[by_key]], self._slots.copies[by_key], batches
+        drawn = order[self._draws.positions(rng)]
+        by_key = _random_ties(self._draw_key, rng)
+        return self.rows[drawn[by_key]], self._draws.copies[by_key], batches
 
     @property
     def batches_per_epoch(self) -> int:
@@ -155,27 +144,12 @@ class Plan:
         It comes from the row's own group, unless no other row of that fits.
         """
         rng = np.random.default_rng([self.seed, micro_batch.epoch, row, attempt + 1])
-        sizes = self.ladder[self.rung]
-        fits = sizes <= micro_batch.crop_samples if self.whole else sizes >= micro_batch.crop_samples
-        if self.grouped:
+        fits = self.buckets.fitting(micro_batch.crop_samples)
+        if self._group is not None:
             own = self._group[np.searchsorted(self.rows, row)]
             kin = fits & (self._group == own) & (self.rows != row)
             fits = kin if kin.any() else fits
         return int(rng.choice(self.rows[fits]))
-
-
-def _shapes(usable: np.ndarray, stride: int, receptive_field: int, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The (at most 33,) ascending shapes of a corpus, and the (n,) place of each row's shape among them.
-
-    A row's shape is the longest crop on the grid that it allows, or with `whole` the shortest that holds all of it.
-    """
-    quantiles = np.linspace(0, 1, LADDER_SHAPES + 1)
-    if whole:
-        ladder = np.unique(np.quantile(usable, quantiles, method="higher"))
-        return ladder, np.searchsorted(ladder, usable, side="left").astype(np.int8)
-    on_grid = usable - (usable - receptive_field) % stride
-    ladder = np.unique(np.quantile(on_grid, quantiles, method="lower"))
-    return ladder, (np.searchsorted(ladder, on_grid, side="right") - 1).astype(np.int8)
 
 
 def _random_ties(keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -196,9 +170,10 @@ def _random_ties(keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return packed.astype(np.int64)
 
 
-def _shares(mix: Mix, lengths: np.ndarray, sampled: np.ndarray) -> list[CorpusShare]:
-    """Hours of each corpus and of what an epoch takes from it, `sampled` (C,) samples before cropping to shapes."""
+def _shares(mix: Mix, lengths: np.ndarray, rows: np.ndarray, taken: np.ndarray) -> list[CorpusShare]:
+    """Hours of each corpus and of what an epoch takes from it: (n,) `taken` samples of `rows`, before cropping."""
     hours = np.add.reduceat(lengths, mix.first_rows[:-1]) / SAMPLE_RATE / 3600
+    sampled = np.bincount(mix.corpus_of(rows), taken, len(mix.tags))
     per_epoch, share = sampled / SAMPLE_RATE / 3600, sampled / sampled.sum()
     columns = zip(mix.tags, hours.tolist(), per_epoch.tolist(), share.tolist(), strict=True)
     return [CorpusShare(*column) for column in columns]
