@@ -145,7 +145,8 @@ class Augmenter:
 
 
 def _snr(utterance: Utterance, stage: AddedStage) -> float:
-    return float(utterance.rng.uniform(*stage.snr_db))
+    lowest, highest = stage.snr_db
+    return float(utterance.rng.uniform(lowest, highest))
 
 
 def _add(utterance: Utterance, added: np.ndarray, stage: AddedStage) -> np.ndarray:
