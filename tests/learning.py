@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _room = ROOM if config.getoption("learning_seeds") > 1 else 0.0
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """With several seeds a test for each of them; with one the names of the tests stay as they are."""
     seeds = metafunc.config.getoption("learning_seeds")

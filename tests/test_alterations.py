@@ -205,7 +205,10 @@ def test_the_summed_error() -> None:
     predictions, targets = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
     assert l1_sum(predictions, targets).item() == 6.0
     assert l1_sum(predictions, targets, torch.tensor([[True, False], [True, True]])).item() == 4.0
-    assert l1_sum(predictions.bfloat16(), targets).dtype == torch.float32
+
+
+def test_the_summed_error_of_bf16_is_float32() -> None:
+    assert l1_sum(torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_frames_without_a_target_are_not_scored() -> None:
     assert (empty.item(), none_correct.item()) == (0.0, 0)
 
 
-def test_logits_are_fp32_under_autocast_and_finite_for_a_zero_frame() -> None:
+def test_logits_are_fp32_under_bf16_autocast_and_finite_for_a_zero_frame() -> None:
     projected, codebook, _ = inputs()
     expected = cosine_logits(projected, codebook, TEMPERATURE)
     with torch.autocast("cpu", torch.bfloat16):

@@ -353,7 +353,7 @@ def test_it_learns_to_tell_the_future_from_other_frames(
     recipe: str, directions: int, learning_seed: int, tmp_path: Path
 ) -> None:
     last = train_recipe(
-        recipe, tmp_path, learning_seed, "schedule.total_updates=60", "trainer.max_validation_batches=4"
+        recipe, tmp_path, learning_seed, "schedule.total_updates=100", "trainer.max_validation_batches=4"
     )
     chance = 33
     assert_learned(last["validation/loss"], below=6 * directions * math.log(chance))
