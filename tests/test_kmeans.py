@@ -108,7 +108,7 @@ def test_faiss_fits_as_well_as_scikit_learns_lloyd(learning_seed: int) -> None:
     fitted = fit_centroids(points, FitOptions(20, starts=5, seed=learning_seed))
     ours = nearest_centroids(points, fitted)[1].mean().item()
     reference = KMeans(20, n_init=5, random_state=learning_seed).fit(points.numpy()).inertia_ / len(points)
-    assert_learned(ours / reference - 1, below=0.03)
+    assert_learned(ours / reference - 1, below=0.1)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_the_classifier_is_as_good_as_scikit_learns(learning_seed: int) -> None:
     expected = theirs.predict(scaler.transform(scored.astype(np.float32)))
     accuracy, reference = (ours.predictions == truth).mean(), (expected == truth).mean()
     assert_learned(reference, above=0.5, below=0.95)
-    assert_learned(reference - accuracy, below=0.01)
+    assert_learned(reference - accuracy, below=0.005)
     assert ours.layer_weights == [1.0]
 
 
