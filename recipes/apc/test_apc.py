@@ -257,9 +257,9 @@ def sample_batches(method: ApcMethod, number: int, seed: int) -> list[Batch]:
     return batches
 
 
-def learn(method: ApcMethod, batches: list[Batch]) -> StepOutput:
+def learn(method: ApcMethod, batches: list[Batch], rate: float = 8e-3) -> StepOutput:
     """One update per batch but the last, which is scored."""
-    optimizer = torch.optim.AdamW(method.train().parameters(), lr=8e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(method.train().parameters(), lr=rate, weight_decay=0.0)
     for batch in batches[:-1]:
         optimizer.zero_grad()
         (method(batch).loss / batch.sample_size).backward()
@@ -286,7 +286,8 @@ def test_learns_more_than_to_copy_or_to_say_the_mean(learning_seed: int, tmp_pat
 
 def test_vq_apc_learns_with_many_codes(learning_seed: int) -> None:
     method = build("vq_apc_tiny", seed=learning_seed)
-    output = learn(method, sample_batches(method, 61, learning_seed))
+    # With a rate of 8e-3 some seeds stay with two codes.
+    output = learn(method, sample_batches(method, 91, learning_seed), rate=4e-3)
     trivial = min(value(output, "error_copy_last"), value(output, "error_mean"))
     assert_learned(value(output, "loss"), below=trivial)
     share = output.metrics["codes_0"].counts / output.metrics["codes_0"].counts.sum()
