@@ -14,7 +14,7 @@ install = echo "Installing $(1) into .venv"; \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format types compare table clean
+.PHONY: help demo test test-slow test-seeds lint format types compare table clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: .venv/installed-test ## every test but the slow ones
 
 test-slow: .venv/installed-test ## the long proofs
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+test-seeds: .venv/installed-test ## the proofs of learning with ten seeds and room, slow ones included
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m learning --learning-seeds 10
 
 lint: .venv/installed-dev ## ruff's checks, nothing changed
 	$(BIN)/ruff check .

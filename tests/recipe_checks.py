@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
-import subprocess
-import sys
+import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import yaml
-from conftest import ROOT
+from conftest import LAUNCH_VARIABLES
 from safetensors.torch import load_file, save_file
-from small_run import environment
 from torch import Tensor, nn
 
-from pretrain.config import compose_recipe, typed
+from pretrain.config import compose_recipe, run_config, typed
 from pretrain.method import Method, StepOutput, load_method
 
 
@@ -31,11 +33,11 @@ def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
 
 
-def build(recipe: str, *overrides: str) -> Method:
-    """The method of a recipe, from seed 0."""
+def build(recipe: str, *overrides: str, seed: int = 0) -> Method:
+    """The method of a recipe, from a seed."""
     values = compose_recipe(recipe, list(overrides))["method"]
     method_class: type[Method] = load_method(values["name"]).Method
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return method_class(typed(method_class.Config, values, "method"))
 
 
@@ -108,11 +110,23 @@ def assert_same_states(ours: nn.Module, theirs: nn.Module, *inputs: Tensor, rtol
         assert (our_state - their_state).abs().max() <= rtol * their_state.abs().max()
 
 
-def train_recipe(recipe: str, folder: Path, *options: str) -> dict[str, float]:
-    """Run pretrain/train.py on the embedded sample in a process of its own; the metrics of the last validation."""
-    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), f"recipe={recipe}", f"output_dir={folder}"]
-    command += ["precision=fp32", "trainer.threads=1", "trainer.memory_probe=false", "data.workers=0", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
+def train_recipe(recipe: str, folder: Path, seed: int, *options: str) -> dict[str, float]:
+    """Train on the embedded sample in this process, in fp32; the metrics of the last validation."""
+    from pretrain.training.setup import build_trainer
+
+    settings = [f"output_dir={folder}", f"seed={seed}", "precision=fp32", "data.workers=0"]
+    settings += ["trainer.threads=1", "trainer.memory_probe=false"]
+    config = run_config(compose_recipe(recipe, [*settings, *options]))
+    with patch.dict(os.environ), ExitStack() as resources:
+        for name in LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        assert build_trainer(config, resources).fit() == 0
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if any(name.startswith("validation/") for name in line)][-1]
+
+
+@atexit.register
+def leave_world() -> None:
+    """Leave the process group that training has joined, as pretrain/train.py does at its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

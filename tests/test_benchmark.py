@@ -38,7 +38,7 @@ def assert_positive(rows: list[timing.Row]) -> None:
     assert all(row["wall_seconds"] > 0 for row in rows)
 
 
-def test_the_tool_times_steps(
+def test_the_tool_times_steps_in_fp32_and_bf16(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = "task=step recipe=hubert_tiny batch=1 seconds=1 rounds=1 memory=false device=cpu"
@@ -61,7 +61,7 @@ def test_the_tool_times_steps(
     assert "Not measured: fairseq" in printed
 
 
-def test_a_peer_that_fails_in_one_precision_is_named_and_left_out() -> None:
+def test_a_peer_that_fails_in_bf16_is_named_and_left_out() -> None:
     """s3prl's quantizer, for one, wants numpy's types, and numpy has no bfloat16."""
     options = step.StepOptions(
         "step", recipe="vq_apc_tiny", batch=1, seconds=1.0, rounds=1, peers="s3prl", memory=False, device="cpu"

@@ -70,7 +70,7 @@ def test_logits_and_gradients_are_those_of_copied_vectors() -> None:
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-def test_float32_under_autocast() -> None:
+def test_float32_under_bf16_autocast() -> None:
     inputs = example()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = contrastive_logits(**inputs, logit_temp=0.1)

@@ -57,7 +57,7 @@ def counted(method: Method, batch: Batch, dtype: torch.dtype | None) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_the_estimate_is_what_a_real_step_holds(checkpoint_activations: bool, dtype: torch.dtype | None) -> None:
     make, batch = step_of("hubert_tiny", *REGULARISED)
@@ -78,7 +78,7 @@ def test_the_estimate_is_near_what_a_process_takes() -> None:
     assert checkpointed["resident"] < kept["resident"]
 
 
-def test_activation_checkpointing_keeps_less() -> None:
+def test_activation_checkpointing_keeps_less_in_bf16() -> None:
     make, batch = step_of("hubert_tiny", *REGULARISED)
     kept, checkpointed = (
         measure(make, batch, dtype=torch.bfloat16, on_gpu=True, checkpoint_activations=checkpoint_activations)
@@ -99,7 +99,9 @@ class CudaKernels(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("mode", ["default", "layer_norm"])
-def test_what_a_gpu_keeps_is_what_torch_keeps_of_fake_cuda_tensors(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_keeps_in_bf16_is_what_torch_keeps_of_fake_cuda_tensors(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward only: torch's autograd refuses fake CUDA tensors without a driver, its autocast does not."""
     make, batch = step_of("hubert_tiny", *REGULARISED, f"method.encoder.extractor_mode={mode}")
     estimate = measure(make, batch, dtype=torch.bfloat16, on_gpu=True, checkpoint_activations=False)

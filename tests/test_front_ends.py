@@ -153,7 +153,7 @@ def test_silence_stays_finite_and_nothing_is_trained_or_saved(name: str) -> None
     assert not front_end.state_dict()
 
 
-def test_features_are_float32_under_autocast() -> None:
+def test_features_are_float32_under_bf16_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         made, _ = FrontEnd(LOG_MEL)(noise(8_000)[None], None)
     torch.testing.assert_close(made[0], features(LOG_MEL, noise(8_000)), rtol=0, atol=0)

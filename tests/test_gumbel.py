@@ -140,7 +140,7 @@ def test_at_first_vq_wav2vecs_softmax_is_uniform_and_wav2vec2s_is_not() -> None:
     assert GumbelVectorQuantizer(512, 320, 2, 256)(x).prob_perplexity.item() < 600
 
 
-def test_it_computes_in_float32_under_autocast() -> None:
+def test_it_computes_in_float32_under_bf16_autocast() -> None:
     module = quantizer().eval()
     x = torch.randn(50, 12)
     with torch.autocast("cpu", torch.bfloat16):

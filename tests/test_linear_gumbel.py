@@ -70,7 +70,7 @@ def test_counts_leave_padding_out(quantizer: LinearGumbelQuantizer, frames: Tens
         assert quantizer.counts(codes, None)[group].sum() == 60
 
 
-def test_it_stays_in_float32_under_autocast(quantizer: LinearGumbelQuantizer, frames: Tensor) -> None:
+def test_it_stays_in_float32_under_bf16_autocast(quantizer: LinearGumbelQuantizer, frames: Tensor) -> None:
     exact = quantizer.eval()(frames.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
         chosen = quantizer(frames.bfloat16())

@@ -75,7 +75,7 @@ def test_frames_without_a_target_are_not_scored() -> None:
     assert (empty.item(), none_correct.item()) == (0.0, 0)
 
 
-def test_logits_are_fp32_under_autocast_and_finite_for_a_zero_frame() -> None:
+def test_logits_are_fp32_under_bf16_autocast_and_finite_for_a_zero_frame() -> None:
     projected, codebook, _ = inputs()
     expected = cosine_logits(projected, codebook, TEMPERATURE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,4 +92,7 @@ def test_the_summed_error() -> None:
     predictions, targets = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 4.0], [3.0, 1.0]])
     assert l1_sum(predictions, targets).item() == 6.0
     assert l1_sum(predictions, targets, torch.tensor([[True, False], [True, True]])).item() == 4.0
-    assert l1_sum(predictions.bfloat16(), targets).dtype == torch.float32
+
+
+def test_the_summed_error_of_bf16_is_float32() -> None:
+    assert l1_sum(torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2)).dtype == torch.float32

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from learning import assert_learned
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from small_hubert import small_method
@@ -97,32 +98,32 @@ def _frames(seed: int, rows: int = 8000, width: int = 24, classes: int = 8) -> t
     return features.astype(np.float16), labels
 
 
-def test_the_classifier_is_as_good_as_scikit_learns() -> None:
-    features, labels = _frames(0)
-    scored, truth = _frames(1)
-    ours = fit_and_predict([features], labels, np.arange(len(labels)) // 50, [scored], 8, seed=0)
+def test_the_classifier_is_as_good_as_scikit_learns(learning_seed: int) -> None:
+    features, labels = _frames(2 * learning_seed)
+    scored, truth = _frames(2 * learning_seed + 1)
+    ours = fit_and_predict([features], labels, np.arange(len(labels)) // 50, [scored], 8, seed=learning_seed)
     scaler = StandardScaler().fit(features.astype(np.float32))
     theirs = LogisticRegression(max_iter=1000).fit(scaler.transform(features.astype(np.float32)), labels)
     expected = theirs.predict(scaler.transform(scored.astype(np.float32)))
     accuracy, reference = (ours.predictions == truth).mean(), (expected == truth).mean()
-    assert 0.5 < reference < 0.95
-    assert abs(accuracy - reference) < 0.005
+    assert_learned(reference, above=0.5, below=0.95)
+    assert_learned(reference - accuracy, below=0.005)
     assert ours.layer_weights == [1.0]
 
 
-def test_the_weighted_sum_finds_the_layer_that_knows() -> None:
-    features, labels = _frames(0, rows=4000)
-    scored, truth = _frames(1, rows=4000)
-    rng = np.random.default_rng(5)
+def test_the_weighted_sum_finds_the_layer_that_knows(learning_seed: int) -> None:
+    features, labels = _frames(2 * learning_seed, rows=4000)
+    scored, truth = _frames(2 * learning_seed + 1, rows=4000)
+    rng = np.random.default_rng([5, learning_seed])
     noise, scored_noise = (rng.normal(size=features.shape).astype(np.float16) for _ in range(2))
     groups = np.arange(len(labels)) // 50
     mixed = fit_and_predict(
-        [noise, features, noise[::-1].copy()], labels, groups, [scored_noise, scored, scored_noise], 8, 0
+        [noise, features, noise[::-1].copy()], labels, groups, [scored_noise, scored, scored_noise], 8, learning_seed
     )
-    alone = fit_and_predict([features], labels, groups, [scored], 8, 0)
-    assert mixed.layer_weights[1] > 0.8
+    alone = fit_and_predict([features], labels, groups, [scored], 8, learning_seed)
+    assert_learned(mixed.layer_weights[1], above=0.8)
     assert sum(mixed.layer_weights) == pytest.approx(1, abs=1e-5)
-    assert (mixed.predictions == truth).mean() > (alone.predictions == truth).mean() - 0.02
+    assert_learned((alone.predictions == truth).mean() - (mixed.predictions == truth).mean(), below=0.02)
 
 
 def test_separable_classes_are_all_right_and_noise_is_at_chance() -> None:
@@ -202,8 +203,8 @@ def test_context_is_five_frames_of_ten_milliseconds() -> None:
     torch.testing.assert_close(context[1:-2, 720:800], mel[3:])
 
 
-def test_phones_that_are_tones_are_recognised(corpus: Path) -> None:
-    report = run_probe(_options(corpus, units_layer=3, clusters=6))
+def test_phones_that_are_tones_are_recognised(learning_seed: int, corpus: Path) -> None:
+    report = run_probe(_options(corpus, units_layer=3, clusters=6, seed=learning_seed))
     scores = {(score.kind, score.name): score for score in report.scores}
     assert set(scores) == {("baseline", name) for name in BASELINES} | {
         (kind, name)
@@ -211,15 +212,16 @@ def test_phones_that_are_tones_are_recognised(corpus: Path) -> None:
         for name in ("layer 0", "layer 1", "layer 2", "layer 3", "weighted sum")
     }
     mel = scores["baseline", "log-mel 80"]
-    assert mel.accuracy > 0.9 > 0.6 > mel.majority
+    assert_learned(1 - mel.accuracy, below=0.1)
+    assert_learned(1 - mel.majority, above=0.4)
     assert len(scores["upstream", "weighted sum"].layer_weights) == 4
     assert [unit.name for unit in report.units] == [
         "k-means fitted on MFCC-39",
         "k-means fitted on untrained, layer 3",
         "k-means fitted on upstream, layer 3",
     ]
-    assert report.units[0].pnmi > 0.4
-    again = run_probe(_options(corpus, layers="1", baselines=False))
+    assert_learned(report.units[0].pnmi, above=0.4)
+    again = run_probe(_options(corpus, layers="1", baselines=False, seed=learning_seed))
     assert [s for s in again.scores if s.name == "layer 1"] == [scores["upstream", "layer 1"]]
 
 
@@ -272,8 +274,8 @@ def test_the_codes_of_a_codebook_are_scored_by_group_and_together(corpus: Path) 
     assert max(rows.pnmi, columns.pnmi) < together.pnmi
 
 
-def test_speakers_that_differ_in_loudness_are_told_apart(corpus: Path) -> None:
-    options = _options(corpus, task="utterance", labels=str(corpus / "utterances.tsv"))
+def test_speakers_that_differ_in_loudness_are_told_apart(learning_seed: int, corpus: Path) -> None:
+    options = _options(corpus, task="utterance", labels=str(corpus / "utterances.tsv"), seed=learning_seed)
     report = run_probe(options)
     scores = {score.name: score for score in report.scores if score.kind == "baseline"}
     assert scores["log-mel 80"].accuracy == 1.0

@@ -338,7 +338,7 @@ def test_impossible_choices_are_refused(field: str, value: object, choices: str)
 
 
 @pytest.mark.parametrize("mode", ["default", "layer_norm"])
-def test_bfloat16_autocast_stays_close(mode: str) -> None:
+def test_bf16_autocast_stays_close(mode: str) -> None:
     encoder = randomised(SpeechEncoder(small_config(extractor_mode=mode))).eval()
     waveforms = torch.randn(2, 4000)
     exact = encoder(waveforms, None)[0]

@@ -156,7 +156,7 @@ class OneBatch:
         return micro_batch(0, 0)
 
 
-def test_the_memory_probe_leaves_no_trace(world: World) -> None:
+def test_the_memory_probe_in_bf16_leaves_no_trace(world: World) -> None:
     method = Counting()
     before = {name: value.clone() for name, value in method.state_dict().items()}
     sentence = probe_memory(method, OneBatch(), "bf16", world, BatchConfig(10.0, 4), {"stage": 1})  # type: ignore[arg-type]

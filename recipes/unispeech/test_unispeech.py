@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from learning import assert_learned
 from recipe_checks import build, count, on_meta, perturb, train_recipe, value
 from torch import Tensor
 from transformers import UniSpeechForPreTraining
@@ -33,11 +34,16 @@ def fitted(config: UniSpeechConfig, symbols: list[str]) -> UniSpeechConfig:
     return UniSpeechMethod.fit_to_targets(config, {TRANSCRIPT: TargetInfo(len(symbols), names=tuple(symbols))})
 
 
-def small(*overrides: str) -> UniSpeechMethod:
-    """unispeech_tiny with a dictionary of nine symbols, every parameter off its initial value."""
+def initial(*overrides: str, seed: int = 0) -> UniSpeechMethod:
+    """unispeech_tiny with a dictionary of nine symbols, as it is before training."""
     values = compose_recipe("unispeech_tiny", list(overrides))["method"]
-    torch.manual_seed(0)
-    method = UniSpeechMethod(fitted(typed(UniSpeechConfig, values, "method"), SYMBOLS))
+    torch.manual_seed(seed)
+    return UniSpeechMethod(fitted(typed(UniSpeechConfig, values, "method"), SYMBOLS))
+
+
+def small(*overrides: str) -> UniSpeechMethod:
+    """The same with every parameter off its initial value, so that biases and norms matter."""
+    method = initial(*overrides)
     perturb(method)
     return method
 
@@ -260,43 +266,51 @@ def test_a_share_of_one_is_refused() -> None:
         build("unispeech_tiny", "method.ctc_weight=1.0")
 
 
-def test_it_learns_to_tell_frames_apart(tmp_path: Path) -> None:
+def test_it_learns_to_tell_frames_apart(learning_seed: int, tmp_path: Path) -> None:
     last = train_recipe(
         "unispeech_tiny",
         tmp_path,
+        learning_seed,
         *NARROW,
+        # Of 0.02, as in the recipe, few codes are left; of 0.1 so many that a short run cannot tell them apart.
+        "method.diversity_weight=0.05",
         "batch.seconds_per_micro_batch=10",
-        "schedule={warmup_updates:20,total_updates:160}",
+        "schedule={warmup_updates:20,total_updates:80}",
     )
-    assert last["validation/accuracy"] > 3 * last["validation/chance"]
-    assert last["validation/prob_perplexity"] > 6
+    assert_learned(last["validation/accuracy"], above=3 * last["validation/chance"])
+    # Two groups; if each kept a single code, this would be 2.
+    assert_learned(last["validation/prob_perplexity"], above=6)
 
 
-def tones(row: int, symbols: int = 6) -> Example:
-    """An utterance of 0.24 s per symbol, each of which sounds as a tone of its own."""
-    rng = np.random.default_rng(row)
+def tones(seed: int, row: int) -> Example:
+    """An utterance of three symbols of 0.12 s, each of which sounds as a tone of its own."""
+    rng = np.random.default_rng([seed, row])
     # No symbol follows itself: nothing in the sound would tell one long tone from two.
-    transcript = (rng.integers(3) + np.cumsum(rng.integers(1, 3, size=symbols))) % 3
-    time = np.arange(3_840) / 16_000
+    transcript = (rng.integers(3) + np.cumsum(rng.integers(1, 3, size=3))) % 3
+    time = np.arange(1_920) / 16_000
     waveform = np.concatenate([0.3 * np.sin(2 * np.pi * (300, 900, 2_400)[symbol] * time) for symbol in transcript])
     waveform += 0.01 * rng.standard_normal(len(waveform))
     return Example(torch.from_numpy(waveform.astype(np.float32)), row, 0, {TRANSCRIPT: transcript}, rng)
 
 
-def test_it_learns_to_read_tones() -> None:
+def test_it_learns_to_read_tones(learning_seed: int) -> None:
     """The sample takes longer than a test has; a language of three tones shows that the head learns to read."""
-    method = small("method.mask_prob=0.1", "method.ctc_weight=0.9", "method.replace_prob=0.1", *NARROW).train()
+    settings = ("method.mask_prob=0.1", "method.ctc_weight=0.9", "method.replace_prob=0.1")
+    method = initial(*settings, *NARROW, seed=learning_seed).train()
     method.quantizer.temperature = 0.5
     optimizer = torch.optim.AdamW(method.parameters(), lr=4e-3)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / 20))
     collator = method.collator(method.config)
-    for step in range(150):
-        batch = collator([tones(8 * step + row) for row in range(8)])
+    for step in range(200):
+        batch = collator([tones(learning_seed, 16 * step + row) for row in range(16)])
         optimizer.zero_grad()
         (method(batch).total(batch) / batch.sample_size).backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), 5.0)
         optimizer.step()
-    unheard = collator([tones(100_000 + row) for row in range(16)])
+        warmup.step()
+    unheard = collator([tones(learning_seed, 100_000 + row) for row in range(32)])
     with torch.no_grad():
         output = method.eval()(unheard)
-    # Saying nothing makes one error per symbol, and so does a guess, on average, two in three.
-    assert value(output, "symbol_error_rate") < 0.5
+    # Over all transcripts the best constant answer, any two different symbols, has an error rate of 5/9, and an empty
+    # answer of 1.
+    assert_learned(value(output, "symbol_error_rate"), below=0.5)
