@@ -19,7 +19,8 @@ def train(recipe: str, output: Path, updates: int) -> list[str]:
     """Train `recipe` in fp32 on the embedded sample until `updates`; returns what the run says at its start."""
     options = [f"output_dir={output}", f"trainer.stop_after_updates={updates}", "trainer.max_validation_batches=2"]
     options += ["precision=fp32", "data.workers=0", "trainer.threads=1", "trainer.log_every=1"]
-    options += ["trainer.memory_probe=false"]
+    # Two micro-batches, so that two ranks can share them.
+    options += ["trainer.memory_probe=false", "batch.micro_batches_per_step=2"]
     with ExitStack() as resources:
         trainer = build_trainer(run_config(compose_recipe(recipe, options)), resources)
         assert trainer.fit() == 0
