@@ -19,6 +19,7 @@ from pretrain.config import nearest
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import open_new
+from pretrain.tables import Table
 
 HEADER = ("utt", "phones")
 LISTED_LINES = 10
@@ -43,26 +44,12 @@ class TranscriptTable:
         """Raises TranscriptError for a file that is missing, a wrong header or line, an utterance that comes twice."""
         self.path = path
         self.lines: dict[str, Line] = {}
-        try:
-            with path.open(encoding="utf-8") as file:
-                header = next(file, "").rstrip("\r\n").split("\t")
-                if not set(HEADER) <= set(header):
-                    raise TranscriptError(f"{path}: line 1: has no columns utt and phones; write this header")
-                utt, phones = (header.index(name) for name in HEADER)
-                for number, text in enumerate(file, start=2):
-                    cells = text.rstrip("\r\n").split("\t")
-                    if len(cells) != len(header):
-                        raise TranscriptError(f"{path}: line {number}: has not {len(header)} columns; correct the line")
-                    if cells[utt] in self.lines:
-                        first = self.lines[cells[utt]].number
-                        raise TranscriptError(
-                            f"{path}: line {number}: '{cells[utt]}' has a transcript in line {first}; remove one"
-                        )
-                    self.lines[cells[utt]] = Line(number, cells[phones])
-        except (OSError, UnicodeDecodeError) as error:
-            raise TranscriptError(
-                f"{path}: cannot be read ({error}); give data.transcripts a table with the columns utt and phones"
-            ) from None
+        table = Table(path, HEADER, TranscriptError)
+        for number, (utterance, phones) in table:
+            if utterance in self.lines:
+                first = self.lines[utterance].number
+                raise table.error(number, f"'{utterance}' has a transcript in line {first}", "remove one of the lines")
+            self.lines[utterance] = Line(number, phones)
 
     def rows(self, manifest: Manifest) -> list[Line | None]:
         """The lines in the manifest's order; None for rows without one."""
