@@ -105,7 +105,7 @@ def test_ranks_counts_add_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("utt\tstart\tend\tphone\n", "line 1: expected"),
+        ("utt\tstart\tend\tphone\n", "line 1: has no column start_s; did you mean start"),
         (HEADER + "u\t0.0\ta\n", "line 2"),
         (HEADER + "u\tx\t1\ta\n", "line 2"),
     ],

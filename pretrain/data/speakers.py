@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.config import ConfigError, nearest
+from pretrain.config import ConfigError
 from pretrain.data.manifest import Manifest
+from pretrain.tables import Table
 
 SPEAKER_COLUMNS = ("speaker", "voice", "client_id")  # client_id: Common Voice
 LISTED_ROWS = 10
@@ -48,28 +49,6 @@ def _component(utterance: str, place: int) -> str | None:
 
 def _read_table(path: Path) -> dict[str, str]:
     """{utterance: speaker} of a tab-separated table."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            header = next(file, "").rstrip("\r\n").split("\t")
-            key = _column(path, header, ("utt", "path"))
-            value = _column(path, header, SPEAKER_COLUMNS)
-            table = {}
-            for number, line in enumerate(file, start=2):
-                cells = line.rstrip("\r\n").split("\t")
-                if len(cells) <= max(key, value):
-                    raise ConfigError(f"data.speakers: {path}: line {number}: has too few columns; correct the line")
-                utterance = cells[key] if header[key] == "utt" else cells[key].rpartition(".")[0] or cells[key]
-                table[utterance] = cells[value]
-            return table
-    except OSError as error:
-        raise ConfigError(
-            f"data.speakers: {path}: cannot be read ({error.strerror}); give a component of the path or a table with "
-            "the columns utt and speaker"
-        ) from None
-
-
-def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
-    for name in names:
-        if name in header:
-            return header.index(name)
-    raise ConfigError(f"data.speakers: {path}: line 1: has no column {' or '.join(names)}; {nearest(names[0], header)}")
+    table = Table(path, (("utt", "path"), SPEAKER_COLUMNS), ConfigError, "data.speakers")
+    whole = table.names[0] == "utt"
+    return {name if whole else name.rpartition(".")[0] or name: speaker for _, (name, speaker) in table}

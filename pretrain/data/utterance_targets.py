@@ -21,6 +21,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import open_new
 from pretrain.method import TargetKind
+from pretrain.tables import Table
 
 LISTED_LINES = 10
 # Kind of a target -> the options that hold its table and its dictionary.
@@ -53,26 +54,12 @@ class UtteranceTable:
         """Raises TargetError for a file that is missing, a wrong header or line, an utterance that comes twice."""
         self.path, self.kind = path, kind
         self.lines: dict[str, Line] = {}
-        try:
-            with path.open(encoding="utf-8") as file:
-                header = next(file, "").rstrip("\r\n").split("\t")
-                if not {"utt", column} <= set(header):
-                    raise TargetError(f"{path}: line 1: has no columns utt and {column}; write this header")
-                utt, content = header.index("utt"), header.index(column)
-                for number, text in enumerate(file, start=2):
-                    cells = text.rstrip("\r\n").split("\t")
-                    if len(cells) != len(header):
-                        raise TargetError(f"{path}: line {number}: has not {len(header)} columns; correct the line")
-                    if cells[utt] in self.lines:
-                        first = self.lines[cells[utt]].number
-                        raise TargetError(
-                            f"{path}: line {number}: '{cells[utt]}' stands in line {first} already; remove one"
-                        )
-                    self.lines[cells[utt]] = Line(number, split_cell(cells[content], kind))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TargetError(
-                f"{path}: cannot be read ({error}); give {TABLE_FIELDS[kind]} a table with the columns utt and {column}"
-            ) from None
+        table = Table(path, ("utt", column), TargetError, TABLE_FIELDS[kind])
+        for number, (utterance, cell) in table:
+            if utterance in self.lines:
+                first = self.lines[utterance].number
+                raise table.error(number, f"'{utterance}' stands in line {first} already", "remove one of the lines")
+            self.lines[utterance] = Line(number, split_cell(cell, kind))
 
     def rows(self, manifest: Manifest) -> list[Line | None]:
         """The lines in the manifest's order; None for rows without one."""

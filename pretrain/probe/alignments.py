@@ -5,8 +5,6 @@ Tab separated, UTF-8, a header line, no quoting. Phones: utt, start_s, end_s, ph
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import numpy as np
 
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.labelling.kmeans.quality import AlignmentError, Alignments
+from pretrain.tables import Table
 
 UNLABELLED = -1
-PHONE_COLUMNS = ("utt", "start_s", "end_s", "phone")
 
 
 @dataclass(frozen=True)
@@ -52,36 +50,13 @@ def frame_centres(frames: int, stride_samples: int, window_samples: int) -> np.n
     return np.arange(frames, dtype=np.int64) * stride_samples + window_samples // 2
 
 
-def _existing(path: Path, columns: tuple[str, ...]) -> Path:
-    if not path.is_file():
-        raise AlignmentError(f"{path}: no such file; give the TSV with the columns {', '.join(columns)}")
-    return path
-
-
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a TSV that must have `columns`."""
-    with _existing(path, columns).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
-        if missing:
-            found = ", ".join(reader.fieldnames or []) or "none"
-            raise AlignmentError(
-                f"{path}: no column {', '.join(missing)} in the first line (found: {found}); the file must be tab "
-                "separated with a header line"
-            )
-        for row in reader:
-            if any(row[column] is None for column in columns):
-                raise AlignmentError(f"{path}: line {reader.line_num}: too few columns; separate them by tabs")
-            yield reader.line_num, row
-
-
 def read_phones(paths: str) -> Phones:
     """Read one TSV, or several separated by commas, with the columns utt, start_s, end_s, phone.
 
     Raises AlignmentError for a file that is missing or cannot be read, intervals that overlap or run backwards, and an
     utterance that occurs in two files.
     """
-    files = [(path, Alignments.read(_existing(path, PHONE_COLUMNS))) for path in map(Path, paths.split(","))]
+    files = [(path, Alignments.read(path)) for path in map(Path, paths.split(","))]
     names = sorted({phone for _, alignments in files for phone in alignments.inventory})
     utterances: dict[str, Intervals] = {}
     for path, alignments in files:
@@ -105,9 +80,10 @@ def read_utterance_labels(paths: str, column: str) -> dict[str, str]:
     """
     labels: dict[str, str] = {}
     for path in map(Path, paths.split(",")):
-        for line, row in _rows(path, ("utt", column)):
-            if labels.setdefault(row["utt"], row[column]) != row[column]:
-                raise AlignmentError(f"{path}: line {line}: utterance {row['utt']} has a second {column}; keep one")
+        table = Table(path, ("utt", column), AlignmentError)
+        for number, (utterance, label) in table:
+            if labels.setdefault(utterance, label) != label:
+                raise table.error(number, f"utterance {utterance} has a second {column}", "keep one")
     return labels
 
 

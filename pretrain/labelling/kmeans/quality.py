@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.tables import Table
 
 SAMPLE_RATE = 16000
 WINDOW_SAMPLES = 400
 UNKNOWN = "UNK"
 SILENCES = frozenset({"SIL", "sil", "sp", "pau"})
-HEADER = ["utt", "start_s", "end_s", "phone"]
+HEADER = ("utt", "start_s", "end_s", "phone")
 LOG_FLOOR = 1e-8  # fairseq adds it inside its logarithms
 
 
@@ -37,22 +38,17 @@ class Alignments:
 
     @classmethod
     def read(cls, path: Path) -> Alignments:
-        """Read a tab-separated table with the header utt, start_s, end_s, phone. Raises AlignmentError."""
-        if not path.is_file():
-            raise AlignmentError(f"{path}: alignments: no such file; give a table of utterance, start, end and phone")
+        """Read a tab-separated table with the columns utt, start_s, end_s, phone. Raises AlignmentError."""
+        table = Table(path, HEADER, AlignmentError)
         rows: dict[str, list[tuple[float, float, str]]] = {}
-        with path.open() as lines:
-            if next(lines, "").rstrip("\n").split("\t") != HEADER:
-                raise AlignmentError(f"{path}: line 1: expected the tab-separated header {' '.join(HEADER)}; add it")
-            for number, line in enumerate(lines, start=2):
-                try:
-                    utterance, start, end, phone = line.rstrip("\n").split("\t")
-                    rows.setdefault(utterance, []).append((float(start), float(end), phone))
-                except ValueError:
-                    raise AlignmentError(
-                        f"{path}: line {number}: expected utterance, start, end (seconds) and phone between tabs; "
-                        "correct the line"
-                    ) from None
+        for number, (utterance, start, end, phone) in table:
+            try:
+                interval = float(start), float(end), phone
+            except ValueError:
+                raise table.error(
+                    number, f"start_s '{start}' and end_s '{end}' must be seconds", "correct the line"
+                ) from None
+            rows.setdefault(utterance, []).append(interval)
         inventory = sorted({phone for intervals in rows.values() for *_, phone in intervals})
         index = {phone: i for i, phone in enumerate(inventory)}
         ordered = {utterance: sorted(intervals) for utterance, intervals in rows.items()}
