@@ -232,7 +232,7 @@ def test_padding_is_never_scored() -> None:
 
 
 def test_it_learns_more_than_how_often_each_label_comes(learning_seed: int, tmp_path: Path) -> None:
-    """Seconds of training: a smaller network, fewer clusters, and spans of 2 frames, which leave more context than 10."""
+    """Seconds of training: a smaller network, fewer clusters, and spans of 2 frames, which leave more context."""
     network = "method.encoder={encoder_embed_dim:64,encoder_ffn_embed_dim:128,encoder_layers:2,conv_feature_layers:"
     last = train_recipe(
         "hubert_tiny",
