@@ -172,8 +172,8 @@ def test_it_learns_more_than_to_copy_the_nearer_end(learning_seed: int, tmp_path
         "decoar_tiny",
         tmp_path,
         learning_seed,
-        "schedule.total_updates=60",
-        "trainer={validate_every:60,save_every:60,max_validation_batches:2}",
+        "schedule.total_updates=80",
+        "trainer={validate_every:80,save_every:80,max_validation_batches:2}",
     )
     assert_learned(scores["validation/loss"], below=scores["validation/error_of_mean"])
     assert_learned(scores["validation/error_unseen"], below=scores["validation/error_unseen_of_copy"])

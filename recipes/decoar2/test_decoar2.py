@@ -168,16 +168,23 @@ def test_figures_show_frames_and_bands() -> None:
     assert len(figures["error_per_band"].axes[0].get_lines()) == 3
 
 
-def test_it_learns_more_than_to_copy_with_many_codes(learning_seed: int, tmp_path: Path) -> None:
+def test_it_learns_more_than_to_say_the_mean_with_many_codes(learning_seed: int, tmp_path: Path) -> None:
     scores = train_recipe(
         "decoar2_tiny",
         tmp_path,
         learning_seed,
-        "schedule.total_updates=140",
-        "trainer={validate_every:140,save_every:140,max_validation_batches:4}",
+        "optimizer.lr=5e-3",
+        "schedule.total_updates=100",
+        "trainer={validate_every:100,save_every:100,max_validation_batches:4}",
     )
-    trivial = min(scores["validation/error_of_copy"], scores["validation/error_of_mean"])
-    assert_learned(trivial, above=0.5)
-    assert_learned(scores["validation/loss_reconstruction"], below=trivial)
+    assert_learned(scores["validation/error_of_mean"], above=0.6)
+    assert_learned(scores["validation/loss_reconstruction"], below=scores["validation/error_of_mean"])
     # Two groups of 64; collapsed, this would be near 2.
     assert_learned(scores["validation/prob_perplexity"], above=20)
+
+
+@pytest.mark.slow
+def test_it_learns_more_than_to_copy(learning_seed: int, tmp_path: Path) -> None:
+    longer = ("schedule.total_updates=400", "trainer={validate_every:400,save_every:400}")
+    scores = train_recipe("decoar2_tiny", tmp_path, learning_seed, "optimizer.lr=5e-3", *longer)
+    assert_learned(scores["validation/loss_reconstruction"], below=scores["validation/error_of_copy"])

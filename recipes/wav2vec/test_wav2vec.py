@@ -388,7 +388,7 @@ def test_wav2vec_tells_the_next_frames_from_others(learning_seed: int, tmp_path:
 
 
 def test_vq_wav2vec_learns_without_losing_its_codebooks(learning_seed: int, tmp_path: Path) -> None:
-    shorter = ("schedule.total_updates=320", "trainer.validate_every=320")
+    shorter = ("schedule.total_updates=400", "trainer.validate_every=400")
     last = train_recipe("vq_wav2vec_tiny", tmp_path, learning_seed, *shorter)
     assert_frames_told_apart(last)
     assert_learned(min(last[f"validation/codes_{group}_perplexity"] for group in range(2)), above=4)
