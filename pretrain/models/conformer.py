@@ -90,7 +90,7 @@ class DepthwiseConv(nn.Conv1d):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = grouped_conv1d(x.transpose(1, 2), self.weight, None, self.padding[0], self.groups)
+        out = grouped_conv1d(x.transpose(1, 2), self.weight, None, self.kernel_size[0] // 2, self.groups)
         return out.transpose(1, 2)
 
 
