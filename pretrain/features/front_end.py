@@ -257,4 +257,5 @@ def _extractor(config: FrontEndConfig) -> nn.Module:
     """The module that turns waveforms into the frames of `config`, before differences and normalisation."""
     if isinstance(config, FbankConfig):
         return Fbank(config.bins, config.window, config.low_hz)
+    assert isinstance(config, LogMelConfig | LogLinearConfig)
     return LogSpectrogram(config.bins if isinstance(config, LogMelConfig) else None, config.level_db)
