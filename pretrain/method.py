@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -94,11 +94,21 @@ class Collator(Protocol):
     counts rows, so n crops are n times as much audio. `CollatorDefaults` has the usual values of these three.
     """
 
-    stride_samples: int
-    receptive_field_samples: int
-    reads_audio: bool
-    reads_clean_audio: bool
-    crops_per_example: int
+    # Properties, since a frozen dataclass may have them as fields that are never written.
+    @property
+    def stride_samples(self) -> int: ...
+
+    @property
+    def receptive_field_samples(self) -> int: ...
+
+    @property
+    def reads_audio(self) -> bool: ...
+
+    @property
+    def reads_clean_audio(self) -> bool: ...
+
+    @property
+    def crops_per_example(self) -> int: ...
 
     def __call__(self, examples: list[Example]) -> Batch: ...
 
@@ -178,7 +188,7 @@ class StepOutput(NamedTuple):
     """
 
     loss: Tensor
-    metrics: dict[str, Metric]
+    metrics: Mapping[str, Metric]
     mean: Tensor | None = None
     other_losses: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
 

@@ -17,9 +17,10 @@ from contextlib import ExitStack
 import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pretrain.config import CONF_DIR, check_overrides, run_config
+from pretrain.config.strict import plain_mapping
 from pretrain.errors import UserError
 
 
@@ -31,7 +32,7 @@ def main(values: DictConfig) -> None:
 
     recipe = HydraConfig.get().runtime.choices["recipe"]
     try:
-        config = run_config({**OmegaConf.to_container(values, resolve=True), "recipe": recipe})
+        config = run_config({**plain_mapping(values, resolve=True), "recipe": recipe})
         with ExitStack() as resources:
             status = dry_run(config) if config.trainer.dry_run else build_trainer(config, resources).fit()
     except UserError as error:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: waiting threads must not count as work
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +34,7 @@ from pretrain.bench.turns import TurnError
 from pretrain.config import ConfigError, nearest, parse_cli, run_tool
 from pretrain.errors import UserError
 
-TASKS = {
+TASKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]]]] = {
     "step": (StepOptions, measure_steps),
     "pipeline": (PipelineOptions, measure_pipelines),
     "loader": (LoaderOptions, measure_loaders),
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> None:
     if task not in TASKS:
         raise ConfigError(f"task: unknown task '{task}'; {nearest(task, list(TASKS))}")
     options_class, measure = TASKS[task]
-    options = parse_cli(options_class, arguments, __doc__)
+    options: Any = parse_cli(options_class, arguments, __doc__)
     try:
         result = measure(options)
     except TurnError as error:  # from a module that runs without this project, and so knows no UserError

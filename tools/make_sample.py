@@ -219,8 +219,8 @@ def align(starts: list[tuple[int, str]], rate_hz: int, lead_seconds: float, dura
 def record(speech: np.ndarray, rate_hz: int, generator: np.random.Generator) -> tuple[np.ndarray, float]:
     """A recording of int16 speech at rate_hz: float32 (T,) at 16 kHz and the seconds of room noise put before it."""
     lead, trail = (int(seconds * SAMPLE_RATE) for seconds in generator.uniform(0.1, 0.3, size=2))
-    waveform = torch.from_numpy(speech.astype(np.float32) / 32768.0)
-    waveform = torchaudio.functional.resample(waveform, rate_hz, SAMPLE_RATE).numpy()
+    at_rate = torch.from_numpy(speech.astype(np.float32) / 32768.0)
+    waveform = torchaudio.functional.resample(at_rate, rate_hz, SAMPLE_RATE).numpy()
     gain = 10 ** (generator.uniform(-4.0, 0.0) / 20)
     waveform = np.pad(waveform * gain, (lead, trail))
     waveform += generator.normal(scale=NOISE_RMS, size=waveform.shape)

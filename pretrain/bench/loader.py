@@ -144,7 +144,7 @@ def _our_reader(recipe: str, manifest: Manifest, folder: Path) -> MicroBatchRead
     """The reader that training with `recipe` would use, on random labels that are written to `folder`."""
     config = run_config(compose_recipe(recipe))
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config = typed_method(method_class.Config, config.method)
+    method_config: Any = typed_method(method_class.Config, config.method)
     specs = method_class.targets(method_config)
     if specs:
         method_config = method_class.fit_to_targets(method_config, made_up_infos(specs, LABEL_RATE_HZ))
@@ -166,7 +166,8 @@ def _random_labels(manifest: Manifest, classes: int) -> Iterator[np.ndarray]:
 
 def _read_all(reader: Dataset[Any], order: list[MicroBatch], workers: int) -> None:
     """Read every micro-batch; the workers have ended on return, so that their CPU time is known."""
-    read = sum(1 for _ in islice(batches(reader, order, workers, pin_memory=False), len(order)))  # type: ignore[arg-type]
+    loader = batches(reader, order, workers, pin_memory=False)  # type: ignore[arg-type]  # other projects' readers too
+    read = sum(1 for _ in islice(loader, len(order)))
     if read != len(order):
         raise ConfigError(f"workers: {read} of {len(order)} micro-batches came back with {workers} workers")
 

@@ -52,7 +52,7 @@ def measure_memory(options: MemoryOptions) -> dict[str, Any]:
         for precision in options.precision.split(","):
             for checkpoint_activations in (False, True):
                 recipe, batch, seconds = shape.split(":")
-                row = {"recipe": recipe, "batch": f"{batch} x {seconds} s", "precision": precision}
+                row: dict[str, Any] = {"recipe": recipe, "batch": f"{batch} x {seconds} s", "precision": precision}
                 row["checkpoint_activations"] = "yes" if checkpoint_activations else "no"
                 for column in (estimate_gb, counted_gb, resident_gb):
                     name = column.__name__.removesuffix("_gb")

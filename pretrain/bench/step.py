@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
             else:
                 works[precision, name] = partial(contender.step, batch, precision)
     costs = interleaved(works, options.rounds, WARMUPS[device.type], device)
-    flops = options.batch * contenders[OURS].model.training_flops(batch.waveforms.shape[1])
+    flops = options.batch * cast(Method, contenders[OURS].model).training_flops(batch.waveforms.shape[1])
     rows = []
     for (precision, name), cost in costs.items():
         row = _row(options, contenders[name], cost, flops, peak_flops(device))

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +47,7 @@ def cost_of(work: Callable[[], T], device: torch.device | None = None) -> tuple[
 
 
 def interleaved(
-    variants: dict[K, Callable[[], object]], rounds: int, warmups: int, device: torch.device | None = None
+    variants: Mapping[K, Callable[[], object]], rounds: int, warmups: int, device: torch.device | None = None
 ) -> dict[K, Cost]:
     """Medians over `rounds` of each variant's cost, after `warmups` rounds that do not count.
 

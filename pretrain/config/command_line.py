@@ -11,7 +11,7 @@ from typing import TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
-from pretrain.config.strict import ConfigError, typed
+from pretrain.config.strict import ConfigError, plain_mapping, typed
 from pretrain.errors import UserError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def parse_cli(cls: type[T], arguments: list[str], description: str | None = None
     wrong = [argument for argument in arguments if "=" not in argument]
     if wrong:
         raise ConfigError(f"{wrong[0]}: arguments have the form key=value; --help lists the keys")
-    return typed(cls, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
+    return typed(cls, plain_mapping(OmegaConf.from_dotlist(arguments)))
 
 
 def _usage(cls: type, prefix: str = "") -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from pretrain.config.blocks import RunConfig
-from pretrain.config.strict import ConfigError, nearest, nested_class, variants
+from pretrain.config.strict import ConfigError, nearest, nested_class, plain_mapping, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF_DIR = ROOT / "conf"
@@ -26,13 +26,13 @@ def recipe_method_block(recipe: str) -> dict[str, Any]:
 
     Recipes inherit by naming other recipes under `defaults`; groups that they choose there do not reach the method.
     """
-    return OmegaConf.to_container(_inherited(recipe).get("method", OmegaConf.create({})), resolve=True)
+    return plain_mapping(_inherited(recipe).get("method", OmegaConf.create({})), resolve=True)
 
 
 def _inherited(recipe: str) -> DictConfig:
-    own = OmegaConf.load(CONF_DIR / "recipe" / f"{recipe}.yaml")
+    own = cast(DictConfig, OmegaConf.load(CONF_DIR / "recipe" / f"{recipe}.yaml"))
     parents = [name for name in own.get("defaults", []) if isinstance(name, str) and name in recipe_names()]
-    return OmegaConf.merge(*(_inherited(parent) for parent in parents), own)
+    return cast(DictConfig, OmegaConf.merge(*(_inherited(parent) for parent in parents), own))
 
 
 def compose_recipe(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def _compose(recipe: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
-    values = OmegaConf.to_container(config, resolve=False)
+    values = plain_mapping(config)
     values.pop("hydra")
-    return {**OmegaConf.to_container(OmegaConf.create(values), resolve=True), "recipe": recipe}
+    return {**plain_mapping(OmegaConf.create(values), resolve=True), "recipe": recipe}
 
 
 def check_overrides(arguments: list[str]) -> list[str]:

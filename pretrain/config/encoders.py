@@ -41,8 +41,8 @@ def upgraded(cls: type, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     hints = get_type_hints(cls)
-    nested = {name: nested_class(hints[name]) for name in values if name in hints}
-    values = {name: upgraded(nested[name], value) if nested.get(name) else value for name, value in values.items()}
+    nested = {name: found for name in values if name in hints and (found := nested_class(hints[name])) is not None}
+    values = {name: upgraded(nested[name], value) if name in nested else value for name, value in values.items()}
     return cls.upgraded(values) if hasattr(cls, "upgraded") else values
 
 

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -27,6 +27,11 @@ def nearest(word: str, known: list[str]) -> str:
     """A hint for a mistyped name: the closest known ones, or all of them."""
     near = get_close_matches(word, known, n=3)
     return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def plain_mapping(config: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """`config` as plain data, its interpolations filled in where `resolve`; `to_container` types lists and None too."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=resolve))
 
 
 def typed(cls: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -80,7 +85,7 @@ def _merged(cls: type, values: dict[str, Any], where: str) -> DictConfig:
         if nested is not None and isinstance(value, dict):
             values = values | {name: _merged(nested, value, f"{where}.{name}" if where else name)}
     with _named_errors(values, where):
-        return OmegaConf.merge(OmegaConf.structured(cls), values)
+        return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), values))
 
 
 def variants(cls: type) -> dict[str, type]:
@@ -160,7 +165,7 @@ def with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         elif f.name not in completed and f.default_factory is not MISSING:
             completed[f.name] = f.default_factory()
         value = completed.get(f.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             completed[f.name] = asdict(value)
         elif nested is not None and isinstance(value, dict):
             completed[f.name] = with_defaults(nested, value)

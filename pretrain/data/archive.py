@@ -68,7 +68,7 @@ class _Window(io.RawIOBase):
         self._position = max(0, origin + offset)
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader passes nothing else
         count = min(len(buffer), max(0, self._length - self._position))
         data = os.pread(self._archive.descriptor, count, self._offset + self._position)
         buffer[: len(data)] = data

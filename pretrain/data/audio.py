@@ -90,8 +90,8 @@ class _AvReader:
     def __init__(self, source: str | BinaryIO) -> None:
         import av
 
-        blocks = []
-        with av.open(source) as container:
+        blocks: list[np.ndarray] = []
+        with av.open(source, "r") as container:
             if not container.streams.audio:
                 raise ValueError("no audio stream")
             stream = container.streams.audio[0]
@@ -141,7 +141,7 @@ def _open(path: str) -> Iterator[_Reader]:
                     raise _error(path, f"cannot be decoded ({error.error_string})") from error
             else:
                 with file:
-                    reader = _SoundFileReader(file)
+                    reader: _Reader = _SoundFileReader(file)
                     _check_header(path, reader)
                     yield reader
                 return

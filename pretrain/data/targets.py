@@ -63,13 +63,13 @@ def open_tables(spec: TargetSpec, sources: dict[str, list[Source]], dictionary: 
     `sources` holds, by split, one entry per corpus in the order of the rows. Raises TargetError.
     """
     every = [source for split in sources.values() for source in split]
-    used = [source for source in every if source.table is not None]
-    tables = {path: UtteranceTable(path, spec.kind, spec.column) for source in used if (path := source.table)}
+    used = [(source.manifest, path) for source in every if (path := source.table) is not None]
+    tables = {path: UtteranceTable(path, spec.kind, spec.column) for _, path in used}
     for path, table in tables.items():
-        table.check_utterances(source.manifest for source in used if source.table == path)
+        table.check_utterances(manifest for manifest, own in used if own == path)
     field = DICTIONARY_FIELDS[spec.kind]
     if dictionary is None:
-        names = make_dictionary(line for source in used for line in tables[source.table].rows(source.manifest))
+        names = make_dictionary(line for manifest, path in used for line in tables[path].rows(manifest))
     else:
         names = read_dictionary(dictionary, field)
 
@@ -116,7 +116,7 @@ def made_up_targets(
         elif spec.kind == "symbols":
             targets[spec.name] = np.arange(samples * MADE_UP_SYMBOLS_PER_SECOND // SAMPLE_RATE) % 2
         elif spec.kind == "class":
-            targets[spec.name] = rng.integers(count)
+            targets[spec.name] = np.asarray(rng.integers(count))
         else:
             targets[spec.name] = (rng.random(count) < 0.1).astype(np.float32)
     return targets

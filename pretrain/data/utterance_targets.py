@@ -155,7 +155,7 @@ def make_dictionary(lines: Iterable[Line | None]) -> list[str]:
     return [symbol for symbol, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
-def write_dictionary(path: Path, symbols: list[str]) -> None:
+def write_dictionary(path: Path, symbols: Iterable[str]) -> None:
     """One symbol a line."""
     with open_new(path, "w") as file:
         file.writelines(f"{symbol}\n" for symbol in symbols)

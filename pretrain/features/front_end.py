@@ -12,7 +12,7 @@ One module for training and for `Upstream`. Each kind equals what s3prl computes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from pretrain.features.fbank import SHIFT_SAMPLES, Fbank, append_deltas
 from pretrain.features.mel import WINDOW_SAMPLES
 from pretrain.features.spectrogram import LINEAR_BINS, LogSpectrogram
 from pretrain.method import CollatorDefaults
+
+# One number, or an integer tensor of many.
+Samples = TypeVar("Samples", int, Tensor)
 
 WINDOWS = ("povey", "hamming")
 
@@ -114,11 +117,11 @@ class FrontEndConfig:
         """The middle of the first frame: the first sample, where the edges are padded."""
         return 0 if self.CENTRED else WINDOW_SAMPLES // 2
 
-    def frames(self, samples: int | Tensor) -> int | Tensor:
+    def frames(self, samples: Samples) -> Samples:
         """Frames of `samples` samples; takes a number or an integer tensor."""
         return (self.full_rate_frames(samples) + self.frame_step - 1) // self.frame_step
 
-    def full_rate_frames(self, samples: int | Tensor) -> int | Tensor:
+    def full_rate_frames(self, samples: Samples) -> Samples:
         """Frames before `frame_step` leaves some out."""
         return 1 + (samples if self.CENTRED else samples - WINDOW_SAMPLES) // SHIFT_SAMPLES
 
@@ -207,6 +210,9 @@ class FeatureFrames(CollatorDefaults):
 class FrontEnd(nn.Module):
     """Waveforms to frames (B, F, `dim`), by the configuration."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: FrontEndConfig) -> None:
         super().__init__()
         self.config = config
@@ -219,7 +225,7 @@ class FrontEnd(nn.Module):
             self.register_buffer("mean", torch.tensor(config.normalization.mean), persistent=False)
             self.register_buffer("deviation", torch.tensor(config.normalization.deviation), persistent=False)
 
-    def frames(self, samples: int | Tensor) -> int | Tensor:
+    def frames(self, samples: Samples) -> Samples:
         """Frames of `samples` samples; takes a number or an integer tensor."""
         return self.config.frames(samples)
 
@@ -251,4 +257,5 @@ def _extractor(config: FrontEndConfig) -> nn.Module:
     """The module that turns waveforms into the frames of `config`, before differences and normalisation."""
     if isinstance(config, FbankConfig):
         return Fbank(config.bins, config.window, config.low_hz)
+    assert isinstance(config, LogMelConfig | LogLinearConfig)
     return LogSpectrogram(config.bins if isinstance(config, LogMelConfig) else None, config.level_db)

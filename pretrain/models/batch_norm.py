@@ -18,6 +18,13 @@ class BatchNorm(nn.BatchNorm1d):
     checkpointing repeats adds its statistics again; as every micro-batch is repeated alike, the mean stays.
     """
 
+    pending: Tensor
+    # torch's may be None, without affine weights or statistics; here they are always there.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         # Rows: sum of means, sum of unbiased variances, number of forwards (in every column). Empty between updates.

@@ -40,7 +40,7 @@ class RelativeSelfAttention(SelfAttention):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:  # type: ignore[override]  # see ATTENTION
         """(B, F, D) to (B, F, D); `valid` as in SelfAttention, `positions` (2 F, D) from `relative_positions`."""
         q, k, v = self.split(self.qkv_proj(x))
         distances = self.linear_pos(positions).unflatten(1, (self.heads, -1)).permute(1, 2, 0)
@@ -52,7 +52,7 @@ class RelativeSelfAttention(SelfAttention):
 class RotaryProjection(Linear):
     """Queries and keys from turned frames, values from frames as they are, with one matrix (rows q, k, v)."""
 
-    def forward(self, turned: Tensor, x: Tensor) -> Tensor:
+    def forward(self, turned: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]  # RotarySelfAttention alone calls
         """Two (B, F, D) to (B, F, 3 D)."""
         dim = x.shape[-1]
         queries_and_keys = linear(turned, self.weight[: 2 * dim], self.bias[: 2 * dim])
@@ -64,13 +64,14 @@ class RotarySelfAttention(SelfAttention):
 
     projection = RotaryProjection
 
-    def forward(self, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, positions: Tensor) -> Tensor:  # type: ignore[override]  # see ATTENTION
         """(B, F, D) to (B, F, D); `valid` as in SelfAttention, `positions` (2, F, D_head) from `rotary_positions`."""
         q, k, v = self.split(self.qkv_proj(rotate(x, positions, self.heads), x))
         return self.merge(attention(q, k, v, valid, self.dropout if self.training else 0.0))
 
 
-ATTENTION = {"rel_pos": RelativeSelfAttention, "rope": RotarySelfAttention}
+# Called by `ConformerLayer` alone, with positions that their base class does not take.
+ATTENTION: dict[str, type[SelfAttention]] = {"rel_pos": RelativeSelfAttention, "rope": RotarySelfAttention}
 
 
 class PointwiseConv(nn.Conv1d):
@@ -90,7 +91,7 @@ class DepthwiseConv(nn.Conv1d):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = grouped_conv1d(x.transpose(1, 2), self.weight, None, self.padding[0], self.groups)
+        out = grouped_conv1d(x.transpose(1, 2), self.weight, None, self.kernel_size[0] // 2, self.groups)
         return out.transpose(1, 2)
 
 

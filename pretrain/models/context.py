@@ -25,15 +25,22 @@ class ContextConfig(Protocol):
     encoder_embed_dim: int
     encoder_ffn_embed_dim: int
     encoder_attention_heads: int
-    layer_norm_first: bool
     conv_pos: int
     conv_pos_groups: int
     dropout: float
     attention_dropout: float
     activation_dropout: float
     encoder_layerdrop: float
-    pos_enc_type: str
-    depthwise_conv_kernel_size: int
+
+    # Properties, since a configuration may have them as class variables.
+    @property
+    def layer_norm_first(self) -> bool: ...
+
+    @property
+    def pos_enc_type(self) -> str: ...
+
+    @property
+    def depthwise_conv_kernel_size(self) -> int: ...
 
     @property
     def is_conformer(self) -> bool: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from pretrain.method import CollatorDefaults
 from pretrain.models.kernels import linear
 
+# One number, or an integer tensor of many.
+Samples = TypeVar("Samples", int, Tensor)
 
-def frames(samples: int | Tensor, conv_layers: list[list[int]]) -> int | Tensor:
+
+def frames(samples: Samples, conv_layers: list[list[int]]) -> Samples:
     """Frames that a stack of unpadded convolutions [[dim, kernel, stride], ...] makes of `samples` samples.
 
     Takes a number or an integer tensor; fewer samples than the receptive field give a count below one.

@@ -59,7 +59,7 @@ def attention(
     """
     if bias is None and (not q.is_cpu or dropout_p == 0):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=valid, dropout_p=dropout_p)
-    if not q.is_cpu:
+    if bias is not None and not q.is_cpu:
         bias = bias if valid is None else bias.masked_fill(~valid, -torch.inf)
         # Fused kernels want rows that start at aligned addresses, which a shifted view does not offer.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.contiguous(), dropout_p=dropout_p)

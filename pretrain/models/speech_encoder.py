@@ -12,7 +12,7 @@ from pretrain.models import conv_features
 from pretrain.models.activation_checkpointing import call
 from pretrain.models.compiled_layers import compile_in_place
 from pretrain.models.context import ContextEncoder, ContextNetwork
-from pretrain.models.conv_features import ConvFeatureExtractor
+from pretrain.models.conv_features import ConvFeatureExtractor, Samples
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.layer_stack import with_layers
 from pretrain.models.speech_config import SpeechEncoderConfig
@@ -82,7 +82,7 @@ class SpeechEncoder(ContextEncoder):
     def receptive_field_samples(self) -> int:
         return conv_features.receptive_field_samples(self.config.conv_feature_layers)
 
-    def frames(self, samples: int | Tensor) -> int | Tensor:
+    def frames(self, samples: Samples) -> Samples:
         """Frames that `samples` samples give."""
         return conv_features.frames(samples, self.config.conv_feature_layers)
 

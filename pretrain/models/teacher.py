@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import UserError
-from pretrain.method import load_method
+from pretrain.method import Encoder, load_method
 from pretrain.weights.read import load_matching, read_weights
 
 _NETWORK = "network."
@@ -119,7 +119,7 @@ def load_teacher(teacher: Teacher, config: TeacherConfig, field: str = "method.t
     Raises InteropError where they cannot be read, are of another method, or of an encoder that differs from
     `config.encoder` in more than options on which no tensor depends, such as dropout.
     """
-    load_matching(teacher.network, read_weights(config.weights, config.method), f"{field}.encoder")
+    load_matching(cast(Encoder, teacher.network), read_weights(config.weights, config.method), f"{field}.encoder")
 
 
 def linear_ramp(update: int, start: float, end: float, updates: int) -> float:

@@ -6,7 +6,7 @@ Source: arXiv 2006.11477; `fairseq/models/wav2vec/wav2vec2.py`, on which UniSpee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class MaskingCollator(ConvFrames):
         return Masked(stacked, valid, mask)
 
 
-def masking_options(config: QuantizedTargetsConfig) -> dict[str, object]:
+def masking_options(config: QuantizedTargetsConfig) -> dict[str, Any]:
     """The fields of `MaskingCollator` that `config` gives."""
     return {
         "conv_feature_layers": config.encoder.conv_feature_layers,

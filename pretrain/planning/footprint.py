@@ -151,7 +151,7 @@ def measure(
         _to_fake(method)
         if checkpoint_activations:
             method.encoder.checkpoint_activations()
-        extras = {name: fake.from_tensor(value) for name, value in batch.extras.items()}
+        extras: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in batch.extras.items()}
         waveforms, lengths = fake.from_tensor(batch.waveforms), fake.from_tensor(batch.lengths)
         batch = replace(batch, waveforms=waveforms, lengths=lengths, extras=extras)
         for parameter in method.parameters():

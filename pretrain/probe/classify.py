@@ -43,6 +43,9 @@ class LinearProbe(nn.Module):
     The mixing weights are trained jointly with the classifier, as s3prl's Featurizer does (s3prl/nn/upstream.py).
     """
 
+    means: Tensor
+    scales: Tensor
+
     def __init__(self, means: Tensor, scales: Tensor, num_classes: int) -> None:
         """`means`, `scales`: (L, D) statistics of the training rows."""
         super().__init__()
@@ -110,10 +113,10 @@ def _train(
             loss.backward()
             optimizer.step()
         epoch += 1
-        loss = cross_entropy(_logits(probe, layers, check_rows, device), check_labels).item()
-        gain = best - loss
+        held_out_loss = cross_entropy(_logits(probe, layers, check_rows, device), check_labels).item()
+        gain = best - held_out_loss
         if gain > 0:
-            best, best_state = loss, copy.deepcopy(probe.state_dict())
+            best, best_state = held_out_loss, copy.deepcopy(probe.state_dict())
         if gain > LEAST_GAIN:
             continue
         decays += 1

@@ -156,8 +156,9 @@ def upstream_source(upstream: Upstream, device: torch.device, layers: list[int])
     encoder = upstream.eval().to(device).encoder
     strides = [encoder.downsample_rates[layer] for layer in layers]
     windows = [getattr(encoder, "receptive_field_samples", stride) for stride in strides]
-    if hasattr(encoder, "first_centre_samples"):
-        windows = [2 * encoder.first_centre_samples] * len(strides)
+    centre: int | None = getattr(encoder, "first_centre_samples", None)
+    if centre is not None:
+        windows = [2 * centre] * len(strides)
 
     @torch.inference_mode()
     def extract(waveform: Tensor) -> list[Tensor]:

@@ -70,6 +70,7 @@ def data_dir(options: ProbeOptions) -> Path:
 
 def label_file(options: ProbeOptions, directory: Path) -> str:
     """The task's TSV: the option, the run's `data.alignments`, or the embedded sample's. Raises ConfigError."""
+    given: str | None
     given, option, sample = {
         "phone": (options.alignments, "alignments", "phones.tsv"),
         "utterance": (options.labels, "labels", "utterances.tsv"),

@@ -182,6 +182,7 @@ def run_probe(options: ProbeOptions) -> Report:
         _probe_source(kind, make(), (train, valid), labels, options, report)
     if options.task == "phone":
         task, device = labels.make_task(1.0), _device(options.device)
+        assert isinstance(task, PhoneTask)
         report.units += codebook_scores(upstream, valid, task, labels.silence, device)
         if upstream.kmeans is not None:
             report.units.append(travelling_unit_score(upstream, valid, task, labels.silence, device))

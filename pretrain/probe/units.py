@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from sklearn.cluster import MiniBatchKMeans
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.errors import UserError
 from pretrain.labelling.kmeans.quality import WINDOW_SAMPLES, unit_quality
+from pretrain.labelling.tokens.tokenizer import Tokenizer
 from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import Layer, PhoneTask, Split
 from pretrain.probe.report import UnitScore
@@ -109,9 +111,10 @@ def codebook_scores(
     if not groups:
         return []
     encoder.eval().to(device)
-    grid = (encoder.stride_samples, encoder.receptive_field_samples)
-    codes, phones = _aligned(encoder.codes, split, task, grid, device)
-    rate_hz = SAMPLE_RATE / encoder.stride_samples
+    tokenizer = cast(Tokenizer, encoder)
+    grid = (tokenizer.stride_samples, tokenizer.receptive_field_samples)
+    codes, phones = _aligned(tokenizer.codes, split, task, grid, device)
+    rate_hz = SAMPLE_RATE / tokenizer.stride_samples
     scores = [
         unit_score(f"codes, group {group}", codes[:, group], phones, entries, silence, rate_hz)
         for group in range(groups)

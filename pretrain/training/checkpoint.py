@@ -205,7 +205,7 @@ def newest_checkpoint(run_dir: Path, names: Collection[str] | None = None) -> Pa
 
 def find_resumable(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies on all ranks, and a line about each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for name in from_main([step.name for step in reversed(_steps(run_dir))]):
         step = run_dir / "checkpoints" / name
         problem = damage(step, world.rank, world.size)

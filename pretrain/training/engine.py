@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class SkippableAdam(torch.optim.Adam):
         self.skip = torch.zeros((), device=device)
         self.found_inf = torch.zeros((), device=device)
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # called without a closure, so no overloads
         """One update of every parameter that has a gradient, in the active groups."""
         for group in self.param_groups:
             if not group["is_active"]:
@@ -201,7 +201,7 @@ class Engine:
         """Let the optimiser allocate its state by a step at rate zero, which moves nothing."""
         parameters = [parameter for _, parameter in self._trained()]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
-            self.backward(sum(p.sum() for p in parameters) * 0.0, last=True)
+            self.backward(cast(Tensor, sum(p.sum() for p in parameters) * 0.0), last=True)
         self.step(0.0, torch.zeros_like(self._adam.skip))
 
     def _link_moments(self) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Accumulator:
         self._predictions: dict[str, list[Predictions]] = {}
         self.roles: dict[str, Role] = {}
 
-    def add(self, metrics: dict[str, Metric]) -> None:
+    def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add one micro-batch; nothing leaves the device but predictions at validation."""
         for name, value in metrics.items():
             if isinstance(value, Predictions):

@@ -112,7 +112,8 @@ def compare(method: Method, batch: Batch, precision: str, device: torch.device) 
         method.eval()
         for hook, context in ((record, contextlib.nullcontext()), (replay, autocast(device, precision))):
             handles = [module.register_forward_hook(hook) for module in names]
-            stack.callback(lambda handles=handles: [handle.remove() for handle in handles])
+            for handle in handles:
+                stack.callback(handle.remove)
             torch.manual_seed(0)
             with context:
                 method(batch)
@@ -161,7 +162,12 @@ def _distance(exact: Any, other: Any) -> float:
 
 def _floats(output: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _map(output, lambda tensor: found.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(output, keep)
     return found
 
 

@@ -139,6 +139,7 @@ class RunLog:
             return
         upcoming = reader.plan.micro_batch(step * self.run.config.batch.micro_batches_per_step)
         for place, example in enumerate(reader.examples(upcoming, [], with_clean=True)[:count]):
+            assert example.clean_waveform is not None  # the reader was asked for it
             waveforms = {f"audio/{place}_clean": example.clean_waveform}
             if reader.augmenter is not None:
                 waveforms[f"audio/{place}_augmented"] = example.waveform

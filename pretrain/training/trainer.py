@@ -47,6 +47,8 @@ class Agreement:
 class Trainer:
     """One run of one method; knows no method by name."""
 
+    _last_seen: int
+
     def __init__(self, run: Run, engine: Engine, reader: MicroBatchReader, state: checkpoint.RunState) -> None:
         self.run, self.engine, self.reader, self.state = run, engine, reader, state
         self.config, self.world = run.config, run.world

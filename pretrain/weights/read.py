@@ -95,8 +95,8 @@ def load_trained(path: str | Path) -> TrainedMethod:
         is_checkpoint = any((step / name).exists() for name in ("model.safetensors", "state.json", "config.yaml"))
         problem = f"{COMPLETE} is missing, so it was never finished" if is_checkpoint else "not a checkpoint"
         raise InteropError(f"{step}: {problem}; give a run folder, or a checkpoint folder step_* that is complete")
-    if newest is None and (problem := damage(step, names=TRAINED_FILES)):
-        raise InteropError(f"{problem}; give another checkpoint, or the run folder for its newest undamaged one")
+    if newest is None and (found := damage(step, names=TRAINED_FILES)):
+        raise InteropError(f"{found}; give another checkpoint, or the run folder for its newest undamaged one")
     if missing := [name for name in TRAINED_FILES if not (step / name).is_file()]:
         raise InteropError(f"{step}: {', '.join(missing)}: missing, so it holds no weights; give another checkpoint")
     config = yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]

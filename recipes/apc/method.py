@@ -83,6 +83,7 @@ class ApcCollator(FeatureFrames):
 
     def _anchors(self, examples: list[Example], scored: list[int]) -> dict[str, np.ndarray]:
         """Frames, without repetition, that have `offset` frames before them."""
+        assert self.past is not None  # else there are no anchors
         rows, frames = [], []
         for row, (example, count) in enumerate(zip(examples, scored, strict=True)):
             candidates = np.arange(self.past.offset, count)
@@ -171,10 +172,11 @@ class ApcMethod(Method):
             "error_of_mean": Ratio(l1_sum(target.new_zeros(()), target, valid) / dim, units),
         }
         if prediction.codes is not None:
+            assert self.encoder.quantizer is not None  # it made the codes
             counts = self.encoder.quantizer.counts(prediction.codes, None if valid is None else valid.squeeze(2))
             metrics |= {f"codes_{group}": Counts(total) for group, total in enumerate(counts)}
         output = StepOutput(loss, metrics)
-        if self.past is not None:
+        if self.config.past is not None:
             past = self._past_error(features, prediction.hidden, batch.extras)
             metrics |= {"loss_future": Ratio(loss.detach(), units), "loss_past": Ratio(past.detach(), 1.0)}
             output = output._replace(mean=self.config.past.weight * past)
@@ -183,7 +185,9 @@ class ApcMethod(Method):
 
     def _past_error(self, features: Tensor, hidden: Tensor, extras: dict[str, Tensor]) -> Tensor:
         """() mean absolute error of the segments before the anchors; zero without anchors."""
-        past, shift = self.config.past, self.config.time_shift
+        past, predictor, shift = self.config.past, self.past, self.config.time_shift
+        assert past is not None
+        assert predictor is not None  # else there are no anchors
         rows, frames = extras["anchor_rows"], extras["anchor_frames"]
         if not len(rows):
             return hidden.sum() * 0.0
@@ -191,7 +195,7 @@ class ApcMethod(Method):
         segments = features[rows.unsqueeze(1), frames.unsqueeze(1) + reach]
         anchors = frames_at(hidden, rows * hidden.shape[1] + frames)
         targets = segments[:, shift:]
-        return l1_sum(self.past(segments[:, : past.length], anchors), targets) / targets.numel()
+        return l1_sum(predictor(segments[:, : past.length], anchors), targets) / targets.numel()
 
     def training_flops(self, samples: int) -> float:
         """Encoder, head and, per anchor, the second GRU."""

@@ -5,8 +5,9 @@ Sources: facebookresearch/CPC_audio `cpc/model.py`; corticph/scaling-contrastive
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,7 @@ class ConvLayer(nn.Module):
         self.relu_max = config.relu_max
         self.conv = Conv1d(in_dim, dim, kernel, stride, bias=config.conv_bias)
         if config.norm == "group":
+            assert config.norm_groups is not None  # the configuration has checked it
             self.norm: nn.Module = GroupNorm(dim, config.norm_groups)
         else:
             self.norm = ChannelNorm(dim) if config.norm == "channel" else BatchNorm(dim)
@@ -152,7 +154,7 @@ class TransformerContext(nn.Module):
 
     def forward_flops(self, frames: int) -> float:
         """Floating-point operations of one forward of a sequence of `frames`."""
-        return sum(layer.forward_flops(frames) for layer in self.layers)
+        return sum(layer.forward_flops(frames) for layer in cast(Iterable[CausalLayers], self.layers))
 
 
 class CpcEncoder(Encoder):
@@ -206,7 +208,8 @@ class CpcEncoder(Encoder):
             forward = 2.0 * length * in_dim * layer[0] * layer[1]
             total += forward * (2 if in_dim == 1 else 3)
             in_dim = layer[0]
-        return total + 3 * sum(context.forward_flops(length) for context in self.contexts)
+        contexts = cast(Iterable[RecurrentContext | TransformerContext], self.contexts)
+        return total + 3 * sum(context.forward_flops(length) for context in contexts)
 
 
 def reverse(sequence: Tensor, lengths: Tensor | None) -> Tensor:

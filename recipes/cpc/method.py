@@ -6,8 +6,9 @@ Letters: B windows, F frames, K steps, W = F - K contexts per window, P scored c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -239,7 +240,8 @@ class CpcMethod(Method):
         config = self.config
         contexts = max(0, config.encoder.frames(samples) - config.steps)
         scores = 2.0 * contexts * config.steps * (config.negatives + 1) * config.encoder.dim
-        heads = sum(predictor.forward_flops(contexts) + scores for predictor in self.predictors)
+        predictors = cast(Iterable[LinearPredictors | CausalLayers], self.predictors)
+        heads = sum(predictor.forward_flops(contexts) + scores for predictor in predictors)
         return self.encoder.training_flops(samples) + 3 * heads
 
     def figures(self, batch: Batch) -> dict[str, Any]:

@@ -7,14 +7,14 @@ Letters: B rows, T samples, F frames, L tokens of a row with <s> and </s>, D wid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.labelling.tokens.dictionary import code_numbers
-from pretrain.labelling.tokens.tokenizer import build_tokenizer
+from pretrain.labelling.tokens.tokenizer import Tokenizer, build_tokenizer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
 from pretrain.models.teacher import Teacher
@@ -113,7 +113,7 @@ class DiscreteBertEncoder(StackEncoder):
         s3prl's rule: the quantizer sees the batch with its padding, and a row keeps its n / stride codes, rounded to
         the nearest even, of which the last may be the padding's.
         """
-        tokenizer = self.tokenizer.network
+        tokenizer = cast(Tokenizer, self.tokenizer.network)
         codes, _ = tokenizer.codes(waveforms, None)
         numbers = code_numbers(codes, tokenizer.code_shape[1])
         stride, frames = tokenizer.stride_samples, numbers.shape[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError
 from pretrain.data.labels import LabelError
 from pretrain.labelling.tokens.dictionary import TokenDictionary
-from pretrain.labelling.tokens.tokenizer import build_tokenizer, load_tokenizer, tokenizer_of
+from pretrain.labelling.tokens.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, tokenizer_of
 from pretrain.losses.masked_prediction import class_histogram, prediction_loss
 from pretrain.method import (
     Batch,
@@ -106,7 +107,7 @@ class DiscreteBertCollator(CollatorDefaults):
         """(L,) int64: <s>, the tokens of the crop's frames, </s>. Raises ConfigError where they are too many."""
         frames = max(0, (len(example.waveform) - self.receptive_field_samples) // self.stride_samples + 1)
         first = example.start // self.stride_samples
-        inner = np.asarray(example.targets[TOKENS][first : first + frames], dtype=np.int64) + UNK
+        inner = np.asarray(cast(np.ndarray, example.targets[TOKENS])[first : first + frames], dtype=np.int64) + UNK
         if len(inner) + 2 > self.max_positions:
             raise ConfigError(
                 f"crop.max_seconds: a row of {len(inner) + 2} tokens exceeds method.encoder.max_positions "
@@ -219,7 +220,7 @@ class DiscreteBertMethod(Method):
         directory = found[TOKENS].directory
         if directory is None:
             return
-        tokenizer = self.encoder.tokenizer.network
+        tokenizer = cast(Tokenizer, self.encoder.tokenizer.network)
         dictionary = TokenDictionary.read(directory, *tokenizer.code_shape)
         tokens = torch.from_numpy(dictionary.class_of_number()) + UNK
         known = self.encoder.token_of_number

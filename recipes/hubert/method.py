@@ -7,7 +7,7 @@ Letters: S label sets, N scored frames, C clusters, P projection width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,9 +80,11 @@ class HubertCollator(ConvFrames):
 
     def _row_labels(self, example: Example, frames: int) -> np.ndarray:
         """(S, F) labels of one crop, cut to the shortest label set."""
+        # Frame labels are those of the whole utterance, never None.
+        given = [cast(np.ndarray, example.targets[f"labels_{i}"]) for i in range(len(self.label_rates_hz))]
         cut = [
-            frame_labels(example.targets[f"labels_{index}"], rate, example.start, self.stride_samples, frames)
-            for index, rate in enumerate(self.label_rates_hz)
+            frame_labels(labels, rate, example.start, self.stride_samples, frames)
+            for labels, rate in zip(given, self.label_rates_hz, strict=True)
         ]
         shortest = min(len(line) for line in cut)
         return np.stack([line[:shortest] for line in cut])

@@ -88,6 +88,7 @@ class NpcMethod(Method):
             **self._neighbour_errors(features, elements),
         }
         if prediction.codes is not None:
+            assert self.encoder.quantizer is not None  # it made the codes
             counts = self.encoder.quantizer.counts(prediction.codes, valid)
             metrics |= {f"codes_{group}": Counts(total) for group, total in enumerate(counts)}
         return StepOutput(loss, metrics)

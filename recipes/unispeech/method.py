@@ -90,7 +90,7 @@ def make_batch(
     fits = [c is not None and shortest_alignment(c) <= count for c, count in zip(classes, valid, strict=True)]
     labelled = [row for row, fitting in enumerate(fits) if fitting]
     chosen = [row for row, fitting in zip(classes, fits, strict=True) if row is not None and fitting]
-    extras = {
+    extras: dict[str, np.ndarray | Tensor] = {
         "mask": mask,
         "masked_positions": np.flatnonzero(mask),
         "negatives": negatives,
@@ -220,6 +220,7 @@ class UniSpeechMethod(QuantizedTargetsMethod):
         """(L, F, C) of the chosen rows, whose frames are quantized ones where `replaced` (B, F)."""
         mixed = torch.where(replaced.unsqueeze(2), states.all_targets.to(states.context.dtype), states.context)
         mixed = mixed.index_select(0, rows)
+        assert self.ctc_proj is not None  # without a CTC loss nothing is read aloud
         return self.ctc_proj(dropout(mixed, self.config.final_dropout, self.training))
 
     def _read_aloud(self, states: States, batch: Batch) -> tuple[Tensor, dict[str, Ratio | Counts]]:

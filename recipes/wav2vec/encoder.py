@@ -6,6 +6,7 @@ Source: arXiv 1904.05862, section 2.1, and 1910.05453, section 3; `fairseq/model
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from pretrain.models.conv_features import Conv1d, convolve_and_normalize
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer
 from recipes.wav2vec.kmeans_quantizer import KMeansVectorQuantizer
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 @dataclass

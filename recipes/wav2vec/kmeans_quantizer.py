@@ -66,6 +66,7 @@ class KMeansVectorQuantizer(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         """Grouped projection and norm of (B, F, D)."""
         conv, norm = self.projection
+        assert isinstance(conv, nn.Conv1d)
         parts = zip(x.chunk(self.groups, dim=2), conv.weight.squeeze(2).chunk(self.groups), strict=True)
         projected = torch.cat([linear(part, weight) for part, weight in parts], dim=2)
         return norm(projected.transpose(1, 2)).transpose(1, 2)

@@ -28,7 +28,9 @@ class StepPredictor(nn.Module):
         u < i, to which no context frame leads, are zero.
         """
         weight = self.project_to_steps.weight.squeeze(2).permute(2, 1, 0).flatten(0, 1)
-        predictions = linear(context, weight, self.project_to_steps.bias.repeat(self.steps))
+        bias = self.project_to_steps.bias
+        assert bias is not None  # it was built with one
+        predictions = linear(context, weight, bias.repeat(self.steps))
         frames = context.shape[1]
         by_target = [
             F.pad(step[:, : max(0, frames - i)], (0, 0, min(i, frames), 0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -179,7 +179,9 @@ class Wav2VecMethod(Method):
         self.encoder = Wav2VecEncoder(config.encoder)
         if isinstance(config.quantizer_training, KMeansTrainingConfig):
             std = config.quantizer_training.kmeans_init_std
-            torch.nn.init.normal_(self.encoder.vector_quantizer.embedding, std=std)
+            quantizer = self.encoder.vector_quantizer
+            assert isinstance(quantizer, KMeansVectorQuantizer)  # the configuration has checked that the kinds agree
+            torch.nn.init.normal_(quantizer.embedding, std=std)
         target_dim, context_dim = self.encoder.hidden_sizes[0], self.encoder.hidden_sizes[-1]
         self.wav2vec_predictions = StepPredictor(context_dim, target_dim, config.prediction_steps)
 
@@ -197,7 +199,9 @@ class Wav2VecMethod(Method):
         """Set the temperature of this update."""
         training = self.config.quantizer_training
         if isinstance(training, GumbelTrainingConfig):
-            self.encoder.vector_quantizer.temperature = temperature_at(progress.update, *training.vq_temp)
+            quantizer = self.encoder.vector_quantizer
+            assert isinstance(quantizer, GumbelVectorQuantizer)
+            quantizer.temperature = temperature_at(progress.update, *training.vq_temp)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats per positive; `accuracy` the share of positives above all negatives, see `step_hits`."""
@@ -210,7 +214,8 @@ class Wav2VecMethod(Method):
         metrics = targets.metrics
         for name, mean in targets.losses.items():
             metrics[f"loss_{name}"] = Ratio(mean.detach(), 1.0)
-        output = StepOutput(prediction, metrics, mean=sum(targets.losses.values()) if targets.losses else None)
+        mean_loss = cast(Tensor, sum(targets.losses.values())) if targets.losses else None
+        output = StepOutput(prediction, metrics, mean=mean_loss)
         metrics["loss"] = Ratio(output.total(batch).detach(), batch.sample_size)
         metrics["loss_prediction"] = Ratio(prediction.detach(), batch.sample_size)
         metrics["accuracy"] = Ratio(hits, batch.sample_size)
@@ -243,6 +248,7 @@ class Wav2VecMethod(Method):
         metrics["prob_perplexity"] = Ratio(quantized.prob_perplexity.detach(), 1.0)
         metrics["temperature"] = Ratio(torch.full((), quantizer.temperature, device=z.device), 1.0)
         unused = quantizer.groups * quantizer.num_vars - quantized.prob_perplexity
+        assert isinstance(self.config.quantizer_training, GumbelTrainingConfig)
         weight = self.config.quantizer_training.diversity_loss_weight
         losses = {"diversity": weight * unused} if weight else {}
         return Targets(vectors.view(z.shape), codes.unflatten(0, z.shape[:2]), losses, metrics)
@@ -250,6 +256,7 @@ class Wav2VecMethod(Method):
     def _kmeans(self, quantizer: KMeansVectorQuantizer, z: Tensor, batch: Batch) -> Targets:
         quantized = quantizer(z, batch.extras["valid"] if batch.padded else None)
         training = self.config.quantizer_training
+        assert isinstance(training, KMeansTrainingConfig)
         loss = quantized.codebook_loss + training.vq_gamma * quantized.commitment_loss
         losses = {"kmeans": training.kmeans_loss_weight * loss}
         codes = quantized.codes.flatten(0, 1).index_select(0, batch.extras["valid_positions"]).T

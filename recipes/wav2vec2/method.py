@@ -133,7 +133,7 @@ class Wav2Vec2Method(QuantizedTargetsMethod):
         config, width = self.config, self.config.encoder.encoder_embed_dim
         scored = config.mask_prob * samples / stride_samples(config.encoder.conv_feature_layers)
         conv_dim, entries = config.encoder.conv_feature_layers[-1][0], config.latent_groups * config.latent_vars
-        per_frame = conv_dim * entries + entries * config.latent_dim // config.latent_groups
+        per_frame: float = conv_dim * entries + entries * config.latent_dim // config.latent_groups
         per_frame += config.latent_dim * config.final_dim + width * config.final_dim + scored * config.final_dim
         return self.encoder.training_flops(samples) + 3 * 2 * scored * per_frame
 

@@ -39,7 +39,7 @@ class TransformersWav2Vec2(nn.Module):
         }
         self.config = config
         self.model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values))
-        self.model.set_gumbel_temperature(config.latent_temp[0])
+        self.model.set_gumbel_temperature(config.latent_temp[0])  # type: ignore[arg-type]  # the stub says int
         self._conv = torch.empty(0)
         self.model.wav2vec2.feature_extractor.register_forward_hook(self._keep_conv)
 

@@ -193,9 +193,9 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     (options.output / "valid.tsv").unlink(missing_ok=True)
     for split, members in splits.items():
         root = folders.get(split, options.audio_dir).resolve()
-        write_manifest(options.output / f"{split}.tsv", root, ((p.relative, p.info.samples) for p in members))
+        write_manifest(options.output / f"{split}.tsv", root, ((p.relative, p.info.samples) for p in members if p.info))
     report = {
-        "splits": {split: summarize([p.info for p in members]) for split, members in splits.items()},
+        "splits": {split: summarize([p.info for p in members if p.info]) for split, members in splits.items()},
         "skipped": {"files": len(skipped), "reasons": reasons},
     }
     (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -127,6 +127,7 @@ def _fit_faiss(points: np.ndarray, options: FitOptions) -> np.ndarray:
         kmeans.train(points)
     finally:
         faiss.omp_set_num_threads(threads)
+    assert kmeans.centroids is not None  # it is trained
     return kmeans.centroids
 
 

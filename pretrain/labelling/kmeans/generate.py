@@ -247,14 +247,20 @@ def _kmeans_model(
     share = keep_share(train.lengths[rows], extractor.rate_hz, fit_options)
     mine = rows[list(ranks.share(train.lengths[rows]))]
     stream = WaveformStream(train, options.data.max_bad_share, options.data.workers)
+    waveforms = stream.read(mine.tolist())
     progress = tqdm(
-        stream.read(mine), "sampling for k-means", len(mine), unit="file", disable=None if ranks.rank == 0 else True
+        waveforms, "sampling for k-means", len(mine), unit="file", disable=None if ranks.rank == 0 else True
     )
     points, features = sample_points(extractor, progress, share, options.seed, ranks.device)
     joined = ranks.gather_rows(points)
     count = sum(ranks.gather(len(points)))
     extracted = time.monotonic()
-    centroids = ranks.from_rank_0(lambda: fit_centroids(joined, fit_options))
+
+    def fit() -> Tensor:
+        assert joined is not None  # rank 0 has the rows
+        return fit_centroids(joined, fit_options)
+
+    centroids = ranks.from_rank_0(fit)
     report = {
         **asdict(fit_options),
         "rows": len(rows),

@@ -132,6 +132,7 @@ def make_extractor(spec: FeatureSpec, encoder: Encoder | None = None) -> Feature
     if encoder is None:
         raise ValueError("features=upstream needs an encoder")
     extractor = UpstreamFeatures(spec, encoder)
-    if hasattr(encoder, "truncated"):
-        return UpstreamFeatures(spec, encoder.truncated(extractor.layer))
+    truncated = getattr(encoder, "truncated", None)
+    if truncated is not None:
+        return UpstreamFeatures(spec, truncated(extractor.layer))
     return extractor

@@ -13,7 +13,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -196,6 +196,7 @@ def _source(options: TokenOptions) -> Source:
         tokenizer = build_tokenizer(method_name, config)
         load_tokenizer(tokenizer, directory)
         return Source(tokenizer, method_name, TokenDictionary.read(directory, *tokenizer.code_shape))
+    assert options.checkpoint is not None  # the one of three that is left
     weights = read_weights(options.checkpoint, options.method)
     tokenizer = weights.build_encoder()
     load_strictly(tokenizer, weights.encoder_state, weights.origin)
@@ -250,7 +251,7 @@ def _code_file(work: Path, split: str, rank: int) -> Path:
 
 
 def _merged(tallies: list[SplitTally]) -> SplitTally:
-    merged = SplitTally(sum(tally.samples for tally in tallies), sum(tally.used for tally in tallies))
+    merged = SplitTally(sum(tally.samples for tally in tallies), cast(np.ndarray, sum(tally.used for tally in tallies)))
     for tally in tallies:
         merged.frames += tally.frames
         merged.problems |= tally.problems

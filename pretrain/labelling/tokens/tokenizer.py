@@ -44,6 +44,8 @@ class KMeansTokenizerConfig:
 class KMeansTokenizer(nn.Module):
     """The clusters of MFCC or log-mel frames as codes, in one group."""
 
+    centroids: Tensor
+
     def __init__(self, features: str, clusters: int) -> None:
         super().__init__()
         self.extractor = SpectralFeatures(FeatureSpec(features))

@@ -16,8 +16,7 @@ def state_of_size(checkpoint: Mapping[str, Any], title: str, key: str, shape: tu
     Raises InteropError, calling the method `title`, for any other file.
     """
     state = checkpoint.get("model")
-    weight = state.get(key) if isinstance(state, Mapping) else None
-    if weight is None:
+    if not isinstance(state, Mapping) or (weight := state.get(key)) is None:
         raise InteropError(
             f"keys {', '.join(map(str, checkpoint))}: not {title}'s layout (model.{key}); give a checkpoint of {title}"
         )
