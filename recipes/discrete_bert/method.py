@@ -230,7 +230,7 @@ class DiscreteBertMethod(Method):
                 "tools/make_tokens.py tokens=<its token directory>"
             )
         known.copy_(tokens)
-        load_tokenizer(tokenizer, directory)
+        load_tokenizer(self.encoder.tokenizer.network, directory)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss in nats per predicted token; `perplexity_bits` is the same in bits, fairseq's `ppl` being 2 to it.

@@ -41,7 +41,7 @@ class S3prlMockingjay(nn.Module):
         model_config = TransformerConfig(transformer_config(encoder))
         self.model = TransformerModel(model_config, heard)
         self.head = TransformerSpecPredictionHead(model_config, predicted)
-        self.level = 10 ** (config.encoder.front_end.level_db / 20)
+        self.level = 10 ** (encoder["front_end"]["level_db"] / 20)
         self.positions = SinusoidalPositions(model_config.hidden_size)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ class OfficialWav2Vec(nn.Module):
     def __init__(self, config: Wav2VecConfig, model_class: type[nn.Module], config_class: Callable[..., Any]) -> None:
         super().__init__()
         self.config = config
-        self.model = model_class(config_class(**config_to_fairseq(asdict(config))))
+        self.model: Any = model_class(config_class(**config_to_fairseq(asdict(config))))
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum over the positives of an unpadded batch."""
