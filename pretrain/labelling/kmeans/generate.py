@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,9 +16,8 @@ from tqdm import tqdm
 
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
-from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
-from pretrain.files import take_place
+from pretrain.labelling.directory import LabelData, labels_of, publish, read_manifests, work_directory
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import (
     MAX_CHUNK_SECONDS,
@@ -36,17 +33,6 @@ from pretrain.labelling.ranks import Ranks
 from pretrain.labelling.stream import WaveformStream, check_problems
 from pretrain.upstream import Upstream
 from pretrain.weights.export import find_kmeans
-
-SPLITS = ("train", "valid")
-
-
-@dataclass
-class LabelData:
-    """`dir` holds train.tsv and valid.tsv; `sample` is the embedded sample."""
-
-    dir: str
-    workers: int = 2
-    max_bad_share: float = 0.01
 
 
 @dataclass
@@ -132,14 +118,10 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
     where too many files are unreadable.
     """
     started = time.monotonic()
-    ranks = Ranks.join()
-    work: Path | None = None
-    try:
-        data_dir = resolve_data_dir(options.data.dir)
-        manifests = read_manifests(data_dir)
-        alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
-        output = Path(options.output)
-        work = ranks.from_rank_0(lambda: work_directory(output, options.overwrite))
+    output = Path(options.output)
+    manifests = read_manifests(resolve_data_dir(options.data.dir))
+    alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
+    with work_directory(output, options.overwrite) as (ranks, work):
         model, known, fit_report = _kmeans_model(options, manifests["train"], ranks)
         tallies = {}
         for split, manifest in manifests.items():
@@ -158,11 +140,7 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
             "peak_rss_gib_per_rank": ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
         }
         ranks.from_rank_0(lambda: _publish(work, output, model, manifests, tallies, report))
-        return report
-    finally:
-        if work is not None and ranks.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)  # what a failed run leaves; a complete one has been renamed
-        ranks.leave()
+    return report
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -202,34 +180,8 @@ def ensure_mfcc_labels(data_dir: Path, output: Path, clusters: int = 100) -> Pat
 
 def is_current(directory: Path, data_dir: Path, clusters: int) -> bool:
     """Whether `directory` holds complete labels of that many classes for the manifests of `data_dir` as they are."""
-    if not (directory / "labels.json").is_file():
-        return False
-    info = LabelInfoFile.read(directory / "labels.json")
-    return info.num_classes == clusters and labels_fit(info, data_dir)
-
-
-def labels_fit(info: LabelInfoFile, data_dir: Path) -> bool:
-    """Whether the labels belong to the manifests of `data_dir` as they are."""
-    return all(
-        split in info.splits and info.splits[split].manifest == manifest.fingerprint()
-        for split, manifest in read_manifests(data_dir).items()
-    )
-
-
-def read_manifests(data_dir: Path) -> dict[str, Manifest]:
-    """train.tsv and, where it is there, valid.tsv."""
-    present = [split for split in SPLITS if split == "train" or (data_dir / f"{split}.tsv").is_file()]
-    return {split: Manifest.read(data_dir / f"{split}.tsv") for split in present}
-
-
-def work_directory(output: Path, overwrite: bool) -> Path:
-    """An empty directory beside `output`, to be renamed by `take_place`. Raises LabelError where `output` exists."""
-    if output.exists() and not overwrite:
-        raise LabelError(f"{output}: output: exists already; name another directory, or set overwrite=true")
-    work = output.absolute().with_name(f".{output.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    return work
+    info = labels_of(directory, data_dir)
+    return info is not None and info.num_classes == clusters
 
 
 def _kmeans_model(
@@ -347,10 +299,7 @@ def _publish(
     tallies: dict[str, SplitTally],
     report: dict[str, Any],
 ) -> None:
-    """Join the shards, write everything else, labels.json last, and rename the directory to its name."""
-    unreadable = {split: tally.problems for split, tally in tallies.items()}
-    splits = join_splits(work, manifests, unreadable, model.num_clusters, report["world_size"])
+    """Write the model and finish the directory; for one rank."""
     model.save(work / "kmeans")
-    (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    publish_labels(work, LabelInfoFile(model.rate_hz, model.num_clusters, model.sha256, splits))
-    take_place(work, output)
+    unreadable = {split: tally.problems for split, tally in tallies.items()}
+    publish(work, output, manifests, unreadable, report, model.rate_hz, model.num_clusters, model.sha256)

@@ -7,9 +7,7 @@ the network that made the codes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +20,10 @@ from tqdm import tqdm
 
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
-from pretrain.data.labels import SAMPLE_RATE, LabelError, LabelInfoFile, join_splits, publish_labels
+from pretrain.data.labels import SAMPLE_RATE, LabelError
 from pretrain.data.manifest import Manifest
-from pretrain.files import take_place
-from pretrain.labelling.kmeans.generate import (
-    LabelData,
-    ensure_mfcc_labels,
-    labels_fit,
-    read_manifests,
-    work_directory,
-)
+from pretrain.labelling.directory import LabelData, labels_of, publish, read_manifests, work_directory
+from pretrain.labelling.kmeans.generate import ensure_mfcc_labels
 from pretrain.labelling.kmeans.model import KMeansModel
 from pretrain.labelling.ranks import Ranks
 from pretrain.labelling.stream import WaveformStream, check_problems
@@ -118,12 +110,9 @@ def ensure_kmeans_tokens(data_dir: Path, output_dir: Path, clusters: int) -> Pat
 def tokenize(source: Source, data: LabelData, output: str, overwrite: bool) -> dict[str, Any]:
     """Codes of every file into shards, the dictionary from the training split, then classes in place of the codes."""
     started = time.monotonic()
-    ranks = Ranks.join()
-    work: Path | None = None
-    try:
-        manifests = read_manifests(resolve_data_dir(data.dir))
-        groups, entries = code_shape(source.tokenizer, source.method_name)
-        work = ranks.from_rank_0(lambda: work_directory(Path(output), overwrite))
+    manifests = read_manifests(resolve_data_dir(data.dir))
+    groups, entries = code_shape(source.tokenizer, source.method_name)
+    with work_directory(Path(output), overwrite) as (ranks, work):
         source.tokenizer.float().eval().to(ranks.device)
         mine, total = {}, {}
         for split, manifest in manifests.items():
@@ -137,11 +126,7 @@ def tokenize(source: Source, data: LabelData, output: str, overwrite: bool) -> d
         ranks.barrier()
         report = _report(source, dictionary, total, ranks.world_size, time.monotonic() - started)
         ranks.from_rank_0(lambda: _publish(work, Path(output), source, dictionary, manifests, total, report))
-        return report
-    finally:
-        if work is not None and ranks.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)  # what a failed run leaves; a complete one has been renamed
-        ranks.leave()
+    return report
 
 
 def code_shape(tokenizer: Any, origin: str) -> tuple[int, int]:
@@ -208,11 +193,10 @@ def _kmeans_source(labels: Path) -> Source:
 
 
 def _is_current(directory: Path, data_dir: Path, tokenizer: KMeansTokenizer) -> bool:
-    if not (directory / "labels.json").is_file():
+    if labels_of(directory, data_dir) is None:
         return False
     centroids = read_safetensors(directory / FOLDER / "encoder.safetensors")["centroids"]
-    fits = labels_fit(LabelInfoFile.read(directory / "labels.json"), data_dir)
-    return fits and torch.equal(centroids, tokenizer.centroids)
+    return torch.equal(centroids, tokenizer.centroids)
 
 
 def _encode_split(split: str, stream: WaveformStream, tokenizer: Any, work: Path, ranks: Ranks) -> SplitTally:
@@ -294,14 +278,11 @@ def _publish(
     tallies: dict[str, SplitTally],
     report: dict[str, Any],
 ) -> None:
-    """Join the shards, write everything else, labels.json last, and rename the directory to its name."""
-    unreadable = {split: tally.problems for split, tally in tallies.items()}
-    splits = join_splits(work, manifests, unreadable, dictionary.num_classes, report["world_size"])
+    """Write dictionary and network and finish the directory; for one rank."""
     dictionary.write(work)
     write_native(source.method_name, source.tokenizer, work / FOLDER)
-    (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     weights = read_json(work / FOLDER / "config.json")["files"]["encoder.safetensors"]
     # What binds tokens to their meaning: the network and the order of the dictionary.
     digest = hashlib.sha256((weights + dictionary.text()).encode()).hexdigest()
-    publish_labels(work, LabelInfoFile(report["rate_hz"], dictionary.num_classes, digest, splits))
-    take_place(work, output)
+    unreadable = {split: tally.problems for split, tally in tallies.items()}
+    publish(work, output, manifests, unreadable, report, report["rate_hz"], dictionary.num_classes, digest)
