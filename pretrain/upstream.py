@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.config import nearest, recipe_method_block, recipe_names
-from pretrain.method import Encoder, load_method, method_names
+from pretrain.method import Encoder
+from pretrain.registry import load_method, method_names
 from pretrain.weights.interop.types import InteropError, errors_name
 from pretrain.weights.read import load_strictly, read_weights
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.config import compose_recipe, run_config, typed
-from pretrain.method import Method, StepOutput, load_method
+from pretrain.method import Method, StepOutput
+from pretrain.registry import load_method
 
 
 def load_fixture(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from pretrain.config import CONF_DIR, compose_recipe, recipe_names, run_config, typed_method
 from pretrain.data.loader import planned_reader
-from pretrain.method import Encoder, Method, load_method, method_names
+from pretrain.method import Encoder, Method
+from pretrain.registry import load_method, method_names
 from pretrain.training.distributed import World
 from pretrain.training.precision import compare
 from pretrain.training.schedule import build_schedule

@@ -200,13 +200,46 @@ def test_adamw_and_clipping_against_fairseq(world: World, stage: int) -> None:
             torch.testing.assert_close(weights[f"given_{i}"], tensors[f"out.param_{step}_{i}"], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_weight_decay_is_that_of_torchs_optimizer_of_that_name(world: World, name: str) -> None:
+    """An L2 term of the gradient for adam, apart from the gradient for adamw."""
+    config = OptimizerConfig(name, 0.0, [0.9, 0.98], 1e-6, 0.3, 0.0)
+    torch.manual_seed(0)
+    mine = torch.nn.Parameter(torch.randn(5))
+    theirs = torch.nn.Parameter(mine.detach().clone())
+    ours = SkippableAdam([{"params": [mine]}], world.device, config)
+    options = {"lr": 0.05, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.3}
+    peer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]([theirs], **options)
+    for _ in range(4):
+        mine.grad = torch.randn(5)
+        theirs.grad = mine.grad.clone()
+        ours.param_groups[0]["lr"] = 0.05
+        ours.begin(torch.zeros(()))
+        ours.step()
+        peer.step()
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_what_one_step_of_an_update_finds_holds_for_those_after_it(world: World) -> None:
+    """ZeRO 3 steps its groups one by one; without clipping only the first one's gradient is not finite here."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = SkippableAdam([{"params": [p], "lr": 0.1} for p in parameters], world.device, OPTIMIZER)
+    optimizer.begin(torch.zeros(()))
+    for gradient, parameter in zip((math.nan, 1.0), parameters, strict=True):
+        parameters[0].grad = parameters[1].grad = None
+        parameter.grad = torch.full((3,), gradient)
+        optimizer.step()
+    assert bool(optimizer.found_inf)
+    assert all(torch.equal(parameter, torch.ones(3)) for parameter in parameters)
+
+
 def test_a_refused_update_leaves_weights_and_moments(world: World) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = SkippableAdam([{"params": [parameter], "lr": 0.1}], world.device, OPTIMIZER)
     for gradient, skip, moved in ((1.0, 0.0, True), (1.0, 1.0, False), (math.inf, 0.0, False), (math.nan, 0.0, False)):
         before = {"weight": parameter.detach().clone(), **{k: v.clone() for k, v in optimizer.state[parameter].items()}}
         parameter.grad = torch.full((3,), gradient)
-        optimizer.skip = torch.tensor(skip)
+        optimizer.begin(torch.tensor(skip))
         optimizer.step()
         after = {"weight": parameter.detach(), **optimizer.state[parameter]}
         changed = [name for name in before if not torch.equal(before[name], after[name])]

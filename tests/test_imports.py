@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pretrain.method import method_names
+from pretrain.registry import method_names
 
 TRAINING_ONLY = {"deepspeed", "hydra"}
 LIGHT = ("pretrain.upstream", "pretrain.models", "pretrain.features", "pretrain.data", "pretrain.labelling")
@@ -82,7 +82,7 @@ def test_pretrain_finds_recipes_in_one_place_only() -> None:
                     for call in calls
                     if ast.unparse(call.func).endswith("import_module") and "recipes" in ast.unparse(call.args[0])
                 ]
-    assert found == [("pretrain.method", "load_method")]
+    assert found == [("pretrain.registry", "load_method")]
 
 
 @pytest.mark.parametrize("module", RECIPES)

@@ -81,6 +81,20 @@ def test_an_inactive_group_is_left_alone(unbroken: Path) -> None:
     assert not TaggingMethod.trains_speakers(Progress(0, 3, 0))
 
 
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_groups_train_in_turns_at_every_zero_stage(
+    stage: str, unbroken: Path, data: Path, world: World, tmp_path: Path
+) -> None:
+    """Saved and resumed between the updates, as the run at ZeRO 1 that was never stopped."""
+    for updates in (1, 2, 3):
+        train(data, tmp_path, updates, f"deepspeed={stage}")
+    mine, expected = weights(tmp_path, 3), weights(unbroken, 3)
+    for name in expected:
+        torch.testing.assert_close(mine[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json").read_text())
+    assert state["adam_steps"] == [3.0, 1.0, 3.0]
+
+
 def test_a_group_has_a_rate_of_its_own(unbroken: Path) -> None:
     """Adam moves the quickest weight of a tensor by about its rate; the first update of the warm-up has a rate of 0."""
     before, after = weights(unbroken, 1), weights(unbroken, 2)
@@ -121,5 +135,12 @@ def test_the_best_checkpoint_is_kept(data: Path, world: World, tmp_path: Path) -
     best = losses.index(min(losses)) + 1
     kept = sorted(path.name for path in (tmp_path / "out" / "run" / "checkpoints").iterdir())
     assert kept == sorted({f"step_{best:08d}", "step_00000004"})
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as resources, WITHOUT_EXPORT:
+        settings = ["trainer.stop_after_updates=2", "trainer.keep_best=loss", *options]
+        trainer = build(data, tmp_path / "full", resources, *settings)
+        patch.setattr("pretrain.training.checkpoint.save", lambda *arguments: "no room")
+        with pytest.raises(CheckpointError, match="no room"):
+            trainer.fit()
+    assert trainer.state.best == {}  # no checkpoint is there that could be the best one
     with pytest.raises(CheckpointError, match=r"trainer\.keep_best: validation has no 'los'; did you mean loss"):
         train(data, tmp_path / "wrong", 1, "trainer.keep_best=los")

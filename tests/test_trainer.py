@@ -95,10 +95,10 @@ def test_a_full_disk_does_not_stop_training_but_no_run_ends_unsaved(
     trainer = build()
     real = trainer._save
 
-    def disk_full_after_the_first(last: bool) -> None:
+    def disk_full_after_the_first(**how: Any) -> None:
         if trainer.state.update == 2:
             monkeypatch.setattr("pretrain.training.checkpoint.save_file", no_space)
-        real(last)
+        real(**how)
 
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -128,6 +128,18 @@ def test_too_many_unreadable_files_end_the_run(build: Build, tmp_path: Path, mon
     with pytest.raises(AudioError, match=r"bad_audio_rank\*\.txt: \d+ of \d+ files read could not be used"):
         trainer.fit()
     assert f"{bad}: cannot be decoded" in (tmp_path / "out" / "run" / "bad_audio_rank0.txt").read_text()
+
+
+def test_a_profile_run_does_not_say_that_it_has_finished(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build("trainer.profile=true", "trainer.stop_after_updates=20", "trainer.save_every=50").fit() == 0
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    folder = tmp_path / "out" / "run" / "profile"
+    assert f"profile of 5 updates written to {folder}, then ended: update 5 of" in said
+    assert "finished" not in said
+    assert (folder / "rank0.json").is_file()
 
 
 def test_a_run_in_bf16_says_what_the_precision_check_found(build: Build) -> None:

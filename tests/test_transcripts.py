@@ -63,9 +63,20 @@ def test_a_dictionary_is_made_in_fairseqs_order_and_reads_back(tmp_path: Path, m
     symbols = make_dictionary(table_of(tmp_path).rows(manifest))
     assert symbols == ["a", "b", "c"]  # twice, twice, once
     write_dictionary(tmp_path / "dict.txt", symbols)
-    assert read_dictionary(tmp_path / "dict.txt", "data.dictionary") == symbols
+    assert read_dictionary(tmp_path / "dict.txt", "symbols") == symbols
     (tmp_path / "fairseq.txt").write_text("a 2\nb 2\n\nc 1 #fairseq:overwrite\n")
-    assert read_dictionary(tmp_path / "fairseq.txt", "data.dictionary") == symbols
+    assert read_dictionary(tmp_path / "fairseq.txt", "symbols") == symbols
+
+
+def test_classes_and_tags_may_hold_blanks(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "t.tsv").write_text("utt\tsound\na/x\tMale speech, Church bell\na/y\tChurch bell\n")
+    table = UtteranceTable(tmp_path / "t.tsv", "tags", "sound")
+    names = make_dictionary(table.rows(manifest))
+    assert names == ["Church bell", "Male speech"]
+    write_dictionary(tmp_path / "dict.txt", names)
+    assert read_dictionary(tmp_path / "dict.txt", "tags") == read_dictionary(tmp_path / "dict.txt", "class") == names
+    rows = [TableTargets(table, manifest, names)[row] for row in range(4)]
+    assert [None if row is None else row.tolist() for row in rows] == [None, [1, 1], [1, 0], None]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +108,7 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path, manifest: Manife
     for text, message in (("a\nb\na\n", "'a' comes more than once"), ("\n", "is empty")):
         (tmp_path / "dict.txt").write_text(text)
         with pytest.raises(TargetError, match=rf"dict\.txt: {message}"):
-            read_dictionary(tmp_path / "dict.txt", "data.dictionary")
+            read_dictionary(tmp_path / "dict.txt", "symbols")
 
 
 def open_sample(folder: Path, *options: str) -> Corpus:
@@ -183,6 +194,6 @@ def test_a_method_gets_transcripts_and_its_symbols_stay_with_the_checkpoint(
     assert any(batch.padded for batch in batches)
     symbols = trainer.engine.method.config.symbols
     assert trainer.run.resolved["method"]["symbols"] == symbols == trainer.state.identity["method"]["symbols"]
-    assert read_dictionary(tmp_path / "out" / "run" / "dict.phones.txt", "data.dictionary") == symbols
+    assert read_dictionary(tmp_path / "out" / "run" / "dict.phones.txt", "symbols") == symbols
     assert json.loads(json.dumps(trainer.state.identity)) == trainer.state.identity
     assert yaml.safe_load(yaml.safe_dump(trainer.run.resolved)) == trainer.run.resolved

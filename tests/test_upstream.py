@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
-from recipe_checks import write_checkpoint
+from recipe_checks import finish, write_checkpoint
 from s3prl.nn import S3PRLUpstream
 from s3prl.upstream.hubert.hubert_model import HubertConfig as TheirConfig
 from s3prl.upstream.hubert.hubert_model import HubertModel as TheirModel
@@ -135,6 +137,27 @@ def test_a_run_folder_gives_its_newest_undamaged_checkpoint_or_its_export(tmp_pa
     assert Upstream("hubert", run).encoder.mask_emb.unique().tolist() == [100]
     shutil.rmtree(run / "checkpoints")
     assert torch.equal(Upstream("hubert", run).encoder.mask_emb, small_method().encoder.mask_emb)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/step_00000100"])
+def test_a_checkpoint_is_hashed_once_and_only_what_is_read(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    step = write_checkpoint(run, small_method())
+    (step / "optimizer-00000-of-00001.safetensors").write_bytes(b"moments")
+    (step / "complete.json").unlink()
+    finish(step)
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def note(file: Any, name: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr("hashlib.file_digest", note)
+    Upstream("hubert", run / place)
+    assert sorted(hashed) == ["config.yaml", "model.safetensors"]
 
 
 def test_garbage_after_the_end_of_a_waveform_is_not_heard(exports: dict[str, Path]) -> None:

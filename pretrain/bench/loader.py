@@ -27,7 +27,8 @@ from pretrain.data.loader import MicroBatchReader, Split, batches, planned_reade
 from pretrain.data.manifest import Manifest
 from pretrain.data.plan import MicroBatch
 from pretrain.data.targets import Target, made_up_infos
-from pretrain.method import Method, load_method
+from pretrain.method import Method
+from pretrain.registry import load_method
 
 OURS = "headwater"
 LABEL_RATE_HZ = 50

@@ -23,7 +23,7 @@ from pretrain.config import ConfigError, RunConfig, compose_recipe, run_config, 
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest
-from pretrain.method import load_method, load_reference_steps
+from pretrain.registry import load_method, load_reference_steps
 
 OURS, THEIRS = "headwater", "s3prl"
 FRAMES_PER_SECOND = 100

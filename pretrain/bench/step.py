@@ -16,7 +16,8 @@ from pretrain.bench.timing import Cost, Row, add_ratios, environment, in_fresh_p
 from pretrain.config import ConfigError, compose_recipe, typed_method
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.targets import made_up_infos, made_up_targets
-from pretrain.method import Batch, Example, Method, load_method, load_reference_steps
+from pretrain.method import Batch, Example, Method
+from pretrain.registry import load_method, load_reference_steps
 from pretrain.training.metrics import peak_flops, peak_memory_gb
 from pretrain.training.precision import DTYPES, autocast
 

@@ -106,7 +106,7 @@ def _yaml_keys(conf_dir: Path, recipe: str) -> frozenset[str]:
 def _typed_keys(recipe: str, method_name: str | None, schedule_name: str | None) -> set[str]:
     """The fields of a run's dataclasses by dotted name; the names of method and schedule win over the recipe's."""
     # Late, since what names and types the blocks builds on this package.
-    from pretrain.method import load_method
+    from pretrain.registry import load_method
     from pretrain.training.schedule import schedule_class
 
     values = _compose(recipe, [])

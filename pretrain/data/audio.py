@@ -73,6 +73,7 @@ class _SoundFileReader:
         self.format = f"{file.format}/{file.subtype}"
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """(count,) float32 from frame `start` on, mixed down; fewer at a cut end."""
         position = self._file.tell()
         if position != start:
             # Decoding a few seconds costs less than a seek in compressed audio.

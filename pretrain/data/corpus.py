@@ -112,7 +112,7 @@ def open_corpus(
             opened = _open_table_target(spec, parts, data)
             corpus.found[spec.name] = opened.info
             corpus.facts.append(opened.fact)
-            corpus.fingerprints[spec.kind] = opened.fingerprints
+            corpus.fingerprints.setdefault(spec.kind, []).extend(opened.fingerprints)
             for name, target in opened.splits.items():
                 splits[name].targets[spec.name] = target
     if data.corpora is not None:

@@ -67,11 +67,11 @@ def open_tables(spec: TargetSpec, sources: dict[str, list[Source]], dictionary: 
     tables = {path: UtteranceTable(path, spec.kind, spec.column) for _, path in used}
     for path, table in tables.items():
         table.check_utterances(manifest for manifest, own in used if own == path)
-    field = DICTIONARY_FIELDS[spec.kind]
+    origin = dictionary or f"{DICTIONARY_FIELDS[spec.kind]} was not given: numbered from the tables"
     if dictionary is None:
         names = make_dictionary(line for manifest, path in used for line in tables[path].rows(manifest))
     else:
-        names = read_dictionary(dictionary, field)
+        names = read_dictionary(dictionary, spec.kind)
 
     def rows_of(source: Source) -> TableTargets | NoTargets:
         return NoTargets() if source.table is None else TableTargets(tables[source.table], source.manifest, names)
@@ -89,7 +89,7 @@ def open_tables(spec: TargetSpec, sources: dict[str, list[Source]], dictionary: 
         splits,
         TargetInfo(len(names), names=tuple(names)),
         f"{spec.name}: {spec.column} of {labelled} of {sum(len(s.manifest) for s in sources['train'])} training "
-        f"utterances, {len(names)} names ({dictionary or f'{field} was not given: numbered from the tables'})",
+        f"utterances, {len(names)} names ({origin})",
         [rows.fingerprint() for rows in opened["train"] if isinstance(rows, TableTargets)],
     )
 

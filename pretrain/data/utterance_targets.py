@@ -115,7 +115,7 @@ class TableTargets:
         return np.diff(self._offsets) > 0
 
     def fingerprint(self) -> str:
-        """SHA-256 over the symbol ids of all rows."""
+        """SHA-256 over the numbers of all rows."""
         return hashlib.sha256(self._ids.tobytes() + self._offsets.tobytes()).hexdigest()
 
 
@@ -130,32 +130,34 @@ class NoTargets:
         return np.zeros(0, dtype=bool)
 
 
-def read_dictionary(path: Path, field: str) -> list[str]:
-    """The names in a dictionary, which the option `field` gave, in order.
+def read_dictionary(path: Path, kind: TargetKind) -> list[str]:
+    """The names in the dictionary of targets of `kind`, in order.
 
-    Raises TargetError for one that is missing, empty or has repeats.
+    A symbol ends at a blank, since fairseq writes its count behind it; a class or a tag is the whole line. Raises
+    TargetError for a dictionary that is missing, empty or has repeats.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(
-            f"{path}: cannot be read ({error}); give {field} a file with one name a line, or leave it out"
+            f"{path}: cannot be read ({error}); give {DICTIONARY_FIELDS[kind]} a file with one name a line, or leave "
+            "it out"
         ) from None
-    symbols = [line.split()[0] for line in lines if line.strip()]
-    repeated = [symbol for symbol, count in Counter(symbols).items() if count > 1]
-    if repeated or not symbols:
+    names = [line.split()[0] if kind == "symbols" else line.strip() for line in lines if line.strip()]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not names:
         problem = f"'{repeated[0]}' comes more than once" if repeated else "is empty"
         raise TargetError(f"{path}: {problem}; write each name once, one a line")
-    return symbols
+    return names
 
 
 def make_dictionary(lines: Iterable[Line | None]) -> list[str]:
     """Every name of the lines, the commonest first, as fairseq orders symbols; ties by name."""
     counts = Counter(name for line in lines if line for name in line.names)
-    return [symbol for symbol, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    return [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
-def write_dictionary(path: Path, symbols: Iterable[str]) -> None:
-    """One symbol a line."""
+def write_dictionary(path: Path, names: Iterable[str]) -> None:
+    """One name a line."""
     with open_new(path, "w") as file:
-        file.writelines(f"{symbol}\n" for symbol in symbols)
+        file.writelines(f"{name}\n" for name in names)

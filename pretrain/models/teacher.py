@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import UserError
-from pretrain.method import Encoder, load_method
+from pretrain.method import Encoder
+from pretrain.registry import load_method
 from pretrain.weights.read import load_matching, read_weights
 
 _NETWORK = "network."

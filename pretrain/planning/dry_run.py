@@ -14,8 +14,9 @@ from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.loader import planned_reader
 from pretrain.data.plan import Plan
 from pretrain.data.targets import made_up_infos, made_up_targets
-from pretrain.method import Batch, Example, Method, load_method
+from pretrain.method import Batch, Example, Method
 from pretrain.planning.footprint import Footprint, measure
+from pretrain.registry import load_method
 from pretrain.training.memory import StateBytes, state_bytes
 from pretrain.training.metrics import PEAK_FLOPS
 from pretrain.training.precision import DTYPES, resolve_precision
@@ -102,7 +103,7 @@ def open_subject(config: RunConfig) -> Subject:
     method_config: Any = typed_method(method_class.Config, config.method)
     if data.dir is None and data.corpora is None:
         specs = method_class.targets(method_config)
-        if specs and not any(spec.kind == "frames" for spec in specs):
+        if specs:
             method_config = method_class.fit_to_targets(method_config, made_up_infos(specs, LABEL_RATE_HZ))
         longest = round(config.crop.max_seconds * SAMPLE_RATE)
         rows = max(1, round(config.batch.seconds_per_micro_batch * SAMPLE_RATE) // longest)

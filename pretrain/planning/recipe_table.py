@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, typed_method
-from pretrain.method import RECIPES_DIR, load_method, method_names
+from pretrain.registry import RECIPES_DIR, load_method, method_names
 
 BEGIN, END = "<!-- recipes: written by make table -->", "<!-- end of recipes -->"
 # The method that shows best how a kind of objective is built here.

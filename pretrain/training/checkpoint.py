@@ -120,23 +120,21 @@ def _own_moments(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
             yield key, value
 
 
-def note_best(state: RunState, trainer: TrainerConfig, values: dict[str, float]) -> bool:
-    """Write the value of `trainer.keep_best` into `state` where it is the best so far, and say whether it is.
+def new_best(state: RunState, trainer: TrainerConfig, values: dict[str, float]) -> dict[str, Any] | None:
+    """The next `RunState.best` where the validation's `trainer.keep_best` is the best so far, None where it is not.
 
-    The checkpoint of this step must then be saved. Raises CheckpointError, with the names that there are, where the
-    validation has no such metric.
+    Raises CheckpointError, with the names that there are, where the validation has no such metric.
     """
     metric = trainer.keep_best
     if metric is None:
-        return False
+        return None
     if metric not in values:
         raise CheckpointError(f"trainer.keep_best: validation has no '{metric}'; {nearest(metric, list(values))}")
     value, sign = values[metric], -1 if trainer.keep_best_maximize else 1
     known = state.best.get("metric") == metric
     if math.isnan(value) or (known and sign * value >= sign * state.best["value"]):
-        return False
-    state.best = {"metric": metric, "value": value, "step": state.step}
-    return True
+        return None
+    return {"metric": metric, "value": value, "step": state.step}
 
 
 def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: int, best: str | None) -> str | None:

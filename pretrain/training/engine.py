@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SkippableAdam(torch.optim.Adam):
-    """Fused Adam or AdamW that leaves weights and moments alone where a gradient is not finite or `skip` says so.
+    """Fused Adam or AdamW that leaves weights and moments alone where a gradient is not finite or `begin` was told so.
 
     The decision stays on the device: torch's fused kernel reads it as `found_inf`, as it does for gradient scalers.
     Groups whose entry `is_active` is False are passed over.
@@ -49,7 +49,6 @@ class SkippableAdam(torch.optim.Adam):
             decoupled_weight_decay=config.name == "adamw",
             fused=True,
         )
-        self.skip = torch.zeros((), device=device)
         self.found_inf = torch.zeros((), device=device)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # called without a closure, so no overloads
@@ -59,9 +58,14 @@ class SkippableAdam(torch.optim.Adam):
                 for parameter in group["params"]:
                     parameter.grad = None
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(grads)).sum() if grads else self.skip.new_zeros(())
-        self.found_inf = torch.maximum(self.skip, (~torch.isfinite(total)).float())
+        total = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros_like(self.found_inf)
+        # ZeRO 3 makes a step for each part of the groups: what was found in one of them holds for those after it.
+        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(total)).float())
         super().step(closure)
+
+    def begin(self, skip: Tensor) -> None:
+        """Called before the steps of one update; `skip` is a () float tensor, nonzero where nothing may change."""
+        self.found_inf = skip
 
 
 class Engine:
@@ -144,7 +148,7 @@ class Engine:
         """
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._adam.skip = skip
+        self._adam.begin(skip)
         if self.zero_stage == 0:
             grads = [p.grad for _, p in self._trained() if p.grad is not None]
             self.grad_norm = float(torch.nn.utils.get_total_norm(grads))
@@ -202,7 +206,7 @@ class Engine:
         parameters = [parameter for _, parameter in self._trained()]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             self.backward(cast(Tensor, sum(p.sum() for p in parameters) * 0.0), last=True)
-        self.step(0.0, torch.zeros_like(self._adam.skip))
+        self.step(0.0, torch.zeros_like(self._adam.found_inf))
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find every parameter's moments.
@@ -222,7 +226,7 @@ class Engine:
         return self._adam.state[parameter][moment]
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        value = value.to(self._adam.skip.device)
+        value = value.to(self._adam.found_inf.device)
         if self.zero_stage == 3:
             # The "full" setter reads past the end where ranks do not divide the size (DeepSpeed 0.19.8, stage3.py).
             safe_set_local_optimizer_state(parameter, _own_part(value), moment)

@@ -130,7 +130,9 @@ def left_untouched(method: nn.Module) -> Iterator[None]:
     """A trial inside leaves no trace: buffers, gradients, modes of the modules and random state come back."""
     buffers = {name: value.clone() for name, value in method.named_buffers()}
     modes = {module: module.training for module in method.modules()}
-    with torch.random.fork_rng():
+    # Of the devices in use alone: asking the others for their state would take memory on all cards of the machine.
+    devices = {p.device for p in method.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:

@@ -17,7 +17,8 @@ from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.loader import planned_reader
 from pretrain.data.utterance_targets import write_dictionary
 from pretrain.files import new_directory
-from pretrain.method import Collator, Method, load_method
+from pretrain.method import Collator, Method
+from pretrain.registry import load_method
 from pretrain.training import checkpoint
 from pretrain.training.distributed import join_world, share_cores
 from pretrain.training.engine import Engine

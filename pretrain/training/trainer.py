@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,6 @@ class Agreement:
 class Trainer:
     """One run of one method; knows no method by name."""
 
-    _last_seen: int
-
     def __init__(self, run: Run, engine: Engine, reader: MicroBatchReader, state: checkpoint.RunState) -> None:
         self.run, self.engine, self.reader, self.state = run, engine, reader, state
         self.config, self.world = run.config, run.world
@@ -86,27 +85,26 @@ class Trainer:
 
     def _loop(self, profiler: UpdateProfiler | None) -> tuple[str, int]:
         """Every step and what follows it; how the run ended, and the exit status."""
-        before = self.state.update
+        before = seen = self.state.update
         for stop, save in self.steps():
             if profiler is not None and profiler.update_done():
                 return f"profile of {self.state.update - before} updates written to {profiler.folder}, then ended", 0
             update, trainer = self.state.update, self.config.trainer
-            done, advanced = update >= self.run.last_update, update > self._last_seen
+            done, advanced = update >= self.run.last_update, update > seen
             if advanced and (update % trainer.log_every == 0 or done):
                 self._report()
-            is_best = False
+            best = None
             if advanced and self.validation and (update % trainer.validate_every == 0 or done):
-                is_best = self._validate()
-            if stop or save or done or is_best or (advanced and update % trainer.save_every == 0):
-                self._save(last=stop or done)
+                best = self._validate()
+            if stop or save or done or best or (advanced and update % trainer.save_every == 0):
+                self._save(last=stop or done, best=best)
             if stop and not done:
                 return "stopped by a signal; the same command goes on", EXIT_STOPPED
-            self._last_seen = update
+            seen = update
         return "finished", 0
 
     def steps(self) -> Iterator[tuple[bool, bool]]:
         """Step after step up to the last update; after each, whether a signal asked to stop, and whether to save."""
-        self._last_seen = self.state.update
         micro_batches = self.config.batch.micro_batches_per_step
         order = rank_share(self.reader.plan, self.state.step, micro_batches, self.world.rank, self.world.size)
         incoming = batches(self.reader, order, self.config.data.workers, self.world.device.type == "cuda")
@@ -216,21 +214,28 @@ class Trainer:
         self.log.say(*lines)
         self.log.training(values, histograms, self.state.update)
 
-    def _validate(self) -> bool:
-        """Validate and write the curves; whether `trainer.keep_best` was never better."""
+    def _validate(self) -> dict[str, Any] | None:
+        """Validate and write the curves; what to remember of this step where `trainer.keep_best` was never better."""
         assert self.validation is not None
         values, figures = self.validation.run(self.engine)
         self.log.validation(values, figures, self.state.update)
         self.log.audio(self.reader, self.state.step, self.state.update)
         self.throughput.restart()
-        return checkpoint.note_best(self.state, self.config.trainer, values)
+        return checkpoint.new_best(self.state, self.config.trainer, values)
 
-    def _save(self, last: bool) -> None:
-        """Raises CheckpointError where the process' last checkpoint cannot be written: it must not seem finished."""
+    def _save(self, last: bool, best: dict[str, Any] | None = None) -> None:
+        """Save a checkpoint, which is the `best` one so far where that is given.
+
+        Raises CheckpointError where the process' last checkpoint cannot be written: it must not seem finished.
+        """
+        best_before = self.state.best
+        self.state.best = best or best_before
         scalars = self.engine.scalars()
         self.state.adam_steps, self.state.loss_scale = scalars["adam_steps"], scalars["loss_scale"]
         keep = self.config.trainer.keep_checkpoints
         problem = checkpoint.save(self.config.run_dir, self.engine, self.state, self.run.resolved, self.world, keep)
+        if problem:
+            self.state.best = best_before  # the checkpoint that would have been better is not there
         if problem and last:
             raise checkpoint.CheckpointError(
                 f"{problem}; the older checkpoints are intact: make room, and the same command goes on from the newest"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pretrain.config import nearest
 from pretrain.files import new_directory
-from pretrain.method import Encoder, load_interop, load_method
+from pretrain.method import Encoder
+from pretrain.registry import load_interop, load_method
 from pretrain.weights.download import file_sha256
 from pretrain.weights.interop.files import (
     write_huggingface,

@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor, nn
 
 from pretrain.config import nearest, typed_method, upgraded
-from pretrain.method import Encoder, Method, load_interop, load_method, method_names
+from pretrain.method import Encoder, Method
+from pretrain.registry import load_interop, load_method, method_names
 from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
 from pretrain.weights.download import fetch, is_url
 from pretrain.weights.interop.files import read_huggingface, read_json, read_safetensors, read_torch
@@ -87,16 +88,30 @@ def load_trained(path: str | Path) -> TrainedMethod:
     Raises InteropError for anything else, for a half-written checkpoint, and for one without weights.
     """
     path = Path(path)
-    newest = newest_checkpoint(path, TRAINED_FILES) if (path / "checkpoints").is_dir() else None
-    step = newest or path
+    if step := _newest(path):
+        return _trained(step)
+    step = path
     if (step / "checkpoints").is_dir():
         raise InteropError(f"{path}: no complete checkpoint under checkpoints/; train on, or give another run")
     if not (step / COMPLETE).is_file():
         is_checkpoint = any((step / name).exists() for name in ("model.safetensors", "state.json", "config.yaml"))
-        problem = f"{COMPLETE} is missing, so it was never finished" if is_checkpoint else "not a checkpoint"
-        raise InteropError(f"{step}: {problem}; give a run folder, or a checkpoint folder step_* that is complete")
-    if newest is None and (found := damage(step, names=TRAINED_FILES)):
-        raise InteropError(f"{found}; give another checkpoint, or the run folder for its newest undamaged one")
+        reason = f"{COMPLETE} is missing, so it was never finished" if is_checkpoint else "not a checkpoint"
+        raise InteropError(f"{step}: {reason}; give a run folder, or a checkpoint folder step_* that is complete")
+    if problem := damage(step, names=TRAINED_FILES):
+        raise InteropError(f"{problem}; give another checkpoint, or the run folder for its newest undamaged one")
+    return _trained(step)
+
+
+def _newest(run: Path) -> Path | None:
+    """The run's newest complete checkpoint; None where it has none, or `run` is no run folder.
+
+    Only the files that are read here are hashed, and here alone.
+    """
+    return newest_checkpoint(run, TRAINED_FILES) if (run / "checkpoints").is_dir() else None
+
+
+def _trained(step: Path) -> TrainedMethod:
+    """What a verified checkpoint folder holds."""
     if missing := [name for name in TRAINED_FILES if not (step / name).is_file()]:
         raise InteropError(f"{step}: {', '.join(missing)}: missing, so it holds no weights; give another checkpoint")
     config = yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]
@@ -217,13 +232,10 @@ def interop_of(method_name: str) -> ModuleType:
 
 
 def _run_or_checkpoint(path: Path) -> Weights:
-    export = path / "export"
-    try:
-        trained = load_trained(path)
-    except InteropError:
-        if not (export / "config.json").is_file():
-            raise
+    newest, export = _newest(path), path / "export"
+    if newest is None and (export / "config.json").is_file():
         return _native(export, read_json(export / "config.json"))
+    trained = _trained(newest) if newest else load_trained(path)
     return Weights(
         trained.method_name,
         str(path),

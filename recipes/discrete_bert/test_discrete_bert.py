@@ -17,8 +17,9 @@ from torch import Tensor
 from pretrain.config import ConfigError, compose_recipe
 from pretrain.data.labels import LabelError
 from pretrain.labelling.tokens.dictionary import TokenDictionary
-from pretrain.method import Batch, Example, TargetInfo, load_method
+from pretrain.method import Batch, Example, TargetInfo
 from pretrain.objectives.collate import silent_waveforms
+from pretrain.registry import load_method
 from pretrain.weights.export import write_native
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.discrete_bert import interop

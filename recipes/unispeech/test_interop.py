@@ -17,7 +17,7 @@ from pretrain.config import compose_recipe, typed
 from pretrain.method import TargetInfo
 from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.types import InteropError
-from pretrain.weights.read import initialise, load_trained, read_weights
+from pretrain.weights.read import initialise, load_head, load_trained, read_weights
 from recipes.unispeech import interop
 from recipes.unispeech.method import TRANSCRIPT, UniSpeechConfig, UniSpeechMethod
 
@@ -43,6 +43,18 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_the_ctc_head_travels_with_a_native_export(exports: dict[str, Path]) -> None:
+    trained = small().ctc_proj
+    assert trained is not None
+    for source in (exports["native"], exports["checkpoint"]):
+        head = load_head(source, "ctc_proj")
+        assert not head.training
+        assert same(head.state_dict(), trained.state_dict())
+    assert (exports["native"] / "heads.safetensors").is_file()
+    with pytest.raises(InteropError, match=r"export: holds no head 'ctc'; known: ctc_proj"):
+        load_head(exports["native"], "ctc")
 
 
 def test_s3prls_wav2vec2_client_agrees(exports: dict[str, Path]) -> None:

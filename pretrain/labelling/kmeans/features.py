@@ -93,6 +93,7 @@ class UpstreamFeatures:
         self.min_samples: int = getattr(encoder, "receptive_field_samples", self.stride_samples)
 
     def extract(self, waveform: Tensor) -> Tensor:
+        """(T,) samples to (F, D) hidden states; longer waveforms than the spec's chunk go through in chunks."""
         chunk_frames = max(1, int(self.spec.max_chunk_seconds * SAMPLE_RATE) // self.stride_samples)
         chunk_samples = chunk_frames * self.stride_samples
         if len(waveform) <= chunk_samples:

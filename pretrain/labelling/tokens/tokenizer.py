@@ -14,7 +14,7 @@ from pretrain.data.labels import LabelError
 from pretrain.labelling.kmeans.assign import nearest_centroids
 from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureSpec, SpectralFeatures
 from pretrain.labelling.kmeans.model import KMeansModel
-from pretrain.method import load_method
+from pretrain.registry import load_method
 from pretrain.weights.interop.files import read_json, read_safetensors
 from pretrain.weights.read import load_strictly
 
