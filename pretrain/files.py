@@ -31,8 +31,9 @@ def new_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def open_new(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """As `new_file`, durable, with the file opened for writing."""
-    with new_file(path, durable=True) as temporary, temporary.open(mode) as file:
+    """As `new_file`, durable, with the file opened for writing; text is UTF-8 whatever the locale is."""
+    encoding = None if "b" in mode else "utf-8"
+    with new_file(path, durable=True) as temporary, temporary.open(mode, encoding=encoding) as file:
         yield file
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from pretrain.files import new_directory, new_file, open_new, take_place
 
@@ -60,3 +63,20 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         two.write("two")
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_symbols_are_written_and_read_as_utf8_whatever_the_locale_is(tmp_path: Path) -> None:
+    # The script itself is ASCII, since the interpreter decodes it by the locale.
+    script = f"""
+from pathlib import Path
+from pretrain.config import save_yaml
+from pretrain.data.utterance_targets import read_dictionary, write_dictionary
+schwa, path = chr(0x259), Path({str(tmp_path / "dict.txt")!r})
+write_dictionary(path, [schwa])
+assert read_dictionary(path, "symbols") == [schwa]
+save_yaml({{"symbols": [schwa]}}, Path({str(tmp_path / "config.yaml")!r}))
+"""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | locale, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "symbols:\n- \u0259\n"

@@ -243,4 +243,4 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 
 def save_yaml(values: dict[str, Any], path: Path) -> None:
     """Write plain data as YAML in the order given."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

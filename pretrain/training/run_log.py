@@ -151,7 +151,9 @@ class RunLog:
             self._rows_read += len(batch.rows)
             self._bad_rows += len(batch.problems)
             for problem in batch.problems:
-                with (self.run.config.run_dir / f"bad_audio_rank{self.run.world.rank}.txt").open("a") as file:
+                listing = self.run.config.run_dir / f"bad_audio_rank{self.run.world.rank}.txt"
+                # A file name may hold bytes of any encoding.
+                with listing.open("a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(problem + "\n")
         return self._bad_rows, self._rows_read
 

@@ -197,7 +197,7 @@ class Trainer:
         )
         if self.state.failed_steps >= self.config.trainer.max_failed_steps:
             listing = self.config.run_dir / f"failed_rank{self.world.rank}.txt"
-            listing.write_text("\n".join(paths) + "\n")
+            listing.write_text("\n".join(paths) + "\n", encoding="utf-8", errors="surrogateescape")
             raise HopelessRun(
                 f"{self.config.run_dir}: {self.state.failed_steps} updates in a row without a finite gradient; the "
                 f"files of the last one are in {listing}; lower optimizer.lr, or use precision=fp32"
