@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score
 
-from pretrain.labelling.kmeans.quality import AlignmentError, Alignments, QualityCounter, unit_quality
+from pretrain.data.alignments import UNKNOWN, AlignmentError, frame_centres, read_phones
+from pretrain.labelling.kmeans.quality import QualityCounter, unit_quality
 
 HEADER = "utt\tstart_s\tend_s\tphone\n"
 
@@ -60,24 +61,13 @@ def test_no_common_frame_is_an_error() -> None:
         unit_quality(np.zeros((2, 3), dtype=int))
 
 
-def test_a_frame_takes_the_phone_that_covers_its_centre(tmp_path: Path) -> None:
-    """The centre of frame t lies at t / rate + 12.5 ms."""
-    path = write_alignments(tmp_path / "p.tsv", [("u", 0.0, 0.0325, "a"), ("u", 0.0325, 0.06, "b")])
-    alignments = Alignments.read(path)
-    named = [alignments.inventory[i] if i >= 0 else None for i in alignments.frame_phones("u", 6, 100)]
-    assert named == ["a", "a", "b", "b", "b", None]
-    named = [alignments.inventory[i] if i >= 0 else None for i in alignments.frame_phones("u", 3, 50)]
-    assert named == ["a", "b", "b"]
-
-
-def test_gaps_unknown_phones_and_unaligned_utterances_are_left_out(tmp_path: Path) -> None:
+def test_gaps_and_unknown_phones_are_left_out(tmp_path: Path) -> None:
     rows = [("u", 0.0, 0.02, "a"), ("u", 0.05, 0.07, "UNK"), ("u", 0.07, 0.1, "SIL")]
-    alignments = Alignments.read(write_alignments(tmp_path / "p.tsv", rows))
-    inventory = alignments.inventory
-    assert alignments.find("elsewhere") is None
-    assert alignments.frame_phones("elsewhere", 3, 100).tolist() == [-1, -1, -1]
+    phones = read_phones(str(write_alignments(tmp_path / "p.tsv", rows)))
+    inventory = phones.names
     counter = QualityCounter(inventory, num_units=4)
-    counter.add(alignments.frame_phones("folder/u", 9, 100), np.array([0, 0, 0, 0, 1, 1, 2, 2, 2]))
+    labels = phones.at("u", frame_centres(9, 160, 200), phones.ids(UNKNOWN))
+    counter.add(labels, np.array([0, 0, 0, 0, 1, 1, 2, 2, 2]))
     assert counter.joint.sum() == 4
     assert counter.joint[inventory.index("a")].tolist() == [1, 0, 0, 0]
     assert counter.joint[inventory.index("SIL")].tolist() == [0, 0, 3, 0]
@@ -91,26 +81,12 @@ def test_gaps_unknown_phones_and_unaligned_utterances_are_left_out(tmp_path: Pat
 def test_ranks_counts_add_up(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [(f"u{i}", t / 10, (t + 1) / 10, str(rng.integers(5))) for i in range(6) for t in range(10)]
-    alignments = Alignments.read(write_alignments(tmp_path / "p.tsv", rows))
+    phones = read_phones(str(write_alignments(tmp_path / "p.tsv", rows)))
     units = {f"u{i}": rng.integers(0, 7, 98) for i in range(6)}
-    together, first, second = (QualityCounter(alignments.inventory, 7) for _ in range(3))
+    together, first, second = (QualityCounter(phones.names, 7) for _ in range(3))
     for i, (utterance, sequence) in enumerate(units.items()):
-        phones = alignments.frame_phones(utterance, 98, 100)
-        together.add(phones, sequence)
-        (first if i < 3 else second).add(phones, sequence)
+        labels = phones.at(utterance, frame_centres(98, 160, 200), frozenset())
+        together.add(labels, sequence)
+        (first if i < 3 else second).add(labels, sequence)
     first.merge(second)
     assert first.report() == together.report()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("utt\tstart\tend\tphone\n", "line 1: has no column start_s; did you mean start"),
-        (HEADER + "u\t0.0\ta\n", "line 2"),
-        (HEADER + "u\tx\t1\ta\n", "line 2"),
-    ],
-)
-def test_bad_tables_name_the_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "p.tsv").write_text(text)
-    with pytest.raises(AlignmentError, match=message):
-        Alignments.read(tmp_path / "p.tsv")

@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from pretrain.bench.timing import Row, add_ratios, cost_of, environment, in_fresh_process, peak_resident_gb
 from pretrain.config import ConfigError
+from pretrain.data.alignments import UNKNOWN, match_utterance, read_phones
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.labelling.kmeans.assign import nearest_centroids
-from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor, FeatureSpec
+from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor, FeatureSpec, feature_centres
 from pretrain.labelling.kmeans.fit import FitOptions, fit_centroids
 from pretrain.labelling.kmeans.generate import LabelData, LabelOptions, generate_labels
 from pretrain.labelling.kmeans.model import make_extractor
-from pretrain.labelling.kmeans.quality import Alignments, QualityCounter
+from pretrain.labelling.kmeans.quality import QualityCounter
 from pretrain.labelling.stream import WaveformStream
 from pretrain.upstream import Upstream
 
@@ -163,11 +164,12 @@ def _extractor(options: LabelBenchOptions) -> FeatureExtractor:
 
 def _pnmi(options: LabelBenchOptions, manifest: Manifest, labels: Path) -> float:
     """Phone-normalised mutual information of a .km file's units, over all frames of aligned utterances."""
-    alignments = Alignments.read(Path(str(options.alignments)))
-    counter = QualityCounter(alignments.inventory, options.clusters)
-    rate_hz = _extractor(options).rate_hz
+    phones = read_phones(str(options.alignments))
+    counter = QualityCounter(phones.names, options.clusters)
+    extractor = _extractor(options)
     for row, line in enumerate(labels.read_text().splitlines()):
         units = np.array(line.split(), dtype=np.int64)
-        if (utterance := alignments.find(manifest.utterance_id(row))) is not None:
-            counter.add(alignments.frame_phones(utterance, len(units), rate_hz), units)
+        if (utterance := match_utterance(manifest.utterance_id(row), phones.utterances)) is not None:
+            centres = feature_centres(extractor, len(units))
+            counter.add(phones.at(utterance, centres, phones.ids(UNKNOWN)), units)
     return counter.report()["all_frames"]["pnmi"]

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from pretrain.data.alignments import UNLABELLED, Phones, first_centre_samples, frame_centres, match_utterance
 from pretrain.data.audio import SAMPLE_RATE, read_audio
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.features.mel import INT16_SCALE, WINDOW_SAMPLES, log_mel, stack_context
 from pretrain.features.mfcc import mfcc39
-from pretrain.probe.alignments import UNLABELLED, Phones, frame_centres, match_utterance
 from pretrain.upstream import MIN_SAMPLES, Upstream
 
 HOP_SAMPLES = 320
@@ -30,13 +30,13 @@ BASELINES = ("MFCC-39", "log-mel 80", "log-mel 80, ±5 frames")
 
 @dataclass(frozen=True)
 class Source:
-    """Layers to probe. `strides` and `windows` (samples) have one entry per layer; `extract` maps a waveform (T,)
-    float32 to one (F_l, D_l) tensor per layer.
+    """Layers to probe. `strides` and `first_centres`, the middle of the first frame, are samples, one entry per layer;
+    `extract` maps a waveform (T,) float32 to one (F_l, D_l) tensor per layer.
     """
 
     names: list[str]
     strides: list[int]
-    windows: list[int]
+    first_centres: list[int]
     extract: Callable[[Tensor], list[Tensor]]
 
 
@@ -88,8 +88,8 @@ class PhoneTask:
     seed: int
 
     def label(self, row: int, key: str, features: Tensor, centres: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        labels = self.phones.utterances[key].at(centres)
-        keep = ~np.isin(labels, [*self.ignored, UNLABELLED])
+        labels = self.phones.at(key, centres, self.ignored)
+        keep = labels != UNLABELLED
         if self.share < 1:
             keep &= np.random.default_rng([self.seed, row]).random(len(keep)) < self.share
         return features[torch.from_numpy(keep)], labels[keep]
@@ -141,7 +141,7 @@ def baseline_source(count: int) -> Source:
     return Source(
         list(BASELINES[:count]),
         [HOP_SAMPLES] * count,
-        [WINDOW_SAMPLES] * count,
+        [WINDOW_SAMPLES // 2] * count,
         lambda waveform: baseline_features(waveform)[:count],
     )
 
@@ -149,16 +149,11 @@ def baseline_source(count: int) -> Source:
 def upstream_source(upstream: Upstream, device: torch.device, layers: list[int]) -> Source:
     """Chosen hidden states of a frozen upstream.
 
-    Taken from its encoder, because `Upstream.forward` repeats the last frame to reach s3prl's frame counts. The middle
-    of the first frame is where the encoder says (`first_centre_samples`), else that of its receptive field where it
-    states one, else of the stride.
+    Taken from its encoder, because `Upstream.forward` repeats the last frame to reach s3prl's frame counts.
     """
     encoder = upstream.eval().to(device).encoder
     strides = [encoder.downsample_rates[layer] for layer in layers]
-    windows = [getattr(encoder, "receptive_field_samples", stride) for stride in strides]
-    centre: int | None = getattr(encoder, "first_centre_samples", None)
-    if centre is not None:
-        windows = [2 * centre] * len(strides)
+    first_centres = [first_centre_samples(encoder, stride) for stride in strides]
 
     @torch.inference_mode()
     def extract(waveform: Tensor) -> list[Tensor]:
@@ -166,7 +161,7 @@ def upstream_source(upstream: Upstream, device: torch.device, layers: list[int])
         states, frame_lengths = encoder(padded.unsqueeze(0).to(device), torch.tensor([len(padded)], device=device))
         return [states[layer][0, : int(frame_lengths[layer][0])].float().cpu() for layer in layers]
 
-    return Source([f"layer {layer}" for layer in layers], strides, windows, extract)
+    return Source([f"layer {layer}" for layer in layers], strides, first_centres, extract)
 
 
 def collect(source: Source, split: Split, task: Task, description: str) -> list[Layer]:
@@ -181,7 +176,7 @@ def collect(source: Source, split: Split, task: Task, description: str) -> list[
         for i, features in enumerate(source.extract(waveform)):
             if len(features) == 0:
                 continue
-            centres = frame_centres(len(features), source.strides[i], source.windows[i])
+            centres = frame_centres(len(features), source.strides[i], source.first_centres[i])
             kept, ids = task.label(row, key, features, centres)
             values = kept.numpy().astype(np.float16)
             if not np.isfinite(values).all():

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from pretrain.config import ConfigError
+from pretrain.data.alignments import SILENCES, UNKNOWN
 from pretrain.data.folders import SAMPLE_DIR, resolve_data_dir
-from pretrain.labelling.kmeans.quality import SILENCES, UNKNOWN
 
 TASKS = ("phone", "utterance")
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pretrain.config import ConfigError
+from pretrain.data.alignments import read_phones, read_utterance_labels
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.probe.alignments import read_phones, read_utterance_labels
 from pretrain.probe.classify import fit_and_predict
 from pretrain.probe.collect import (
     BASELINES,
@@ -40,7 +40,7 @@ class Labels:
     """
 
     names: list[str]
-    silence: set[int]
+    silence: frozenset[int]
     known: dict
     make_task: Callable[[float], Task]
 
@@ -49,17 +49,17 @@ def _read_labels(options: ProbeOptions, directory: Path) -> Labels:
     path = label_file(options, directory)
     if options.task == "phone":
         phones = read_phones(path)
-        ignored = frozenset(phones.ids(options.ignore))
+        ignored, silence = (phones.ids(*names.split(",")) for names in (options.ignore, options.silence))
         return Labels(
             phones.names,
-            phones.ids(options.silence),
+            silence,
             phones.utterances,
             lambda share: PhoneTask(phones, ignored, share, options.seed),
         )
     labels = read_utterance_labels(path, options.column)
     names = sorted(set(labels.values()))
     ids = {key: names.index(label) for key, label in labels.items()}
-    return Labels(names, set(), labels, lambda share: UtteranceTask(ids))
+    return Labels(names, frozenset(), labels, lambda share: UtteranceTask(ids))
 
 
 def _collect(kind: str, source: Source, split: Split, labels: Labels, max_frames: int) -> list[Layer]:

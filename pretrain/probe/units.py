@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
+from pretrain.data.alignments import first_centre_samples, frame_centres
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.errors import UserError
-from pretrain.labelling.kmeans.quality import WINDOW_SAMPLES, unit_quality
+from pretrain.labelling.kmeans.features import feature_centres
+from pretrain.labelling.kmeans.quality import unit_quality
 from pretrain.labelling.tokens.tokenizer import Tokenizer
-from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import Layer, PhoneTask, Split
 from pretrain.probe.report import UnitScore
 from pretrain.upstream import Upstream
@@ -23,7 +25,7 @@ BLOCK_ROWS = 16384
 
 
 def unit_score(
-    name: str, units: np.ndarray, phones: np.ndarray, clusters: int, silence: set[int], rate_hz: float
+    name: str, units: np.ndarray, phones: np.ndarray, clusters: int, silence: frozenset[int], rate_hz: float
 ) -> UnitScore:
     """Quality of `units` (N,) against phone ids `phones` (N,), over all frames and over those of no `silence`."""
     joint = np.zeros((int(phones.max()) + 1, clusters), dtype=np.int64)
@@ -49,7 +51,7 @@ def unit_score(
 
 
 def fitted_unit_score(
-    name: str, train: Layer, valid: Layer, clusters: int, silence: set[int], rate_hz: float, seed: int
+    name: str, train: Layer, valid: Layer, clusters: int, silence: frozenset[int], rate_hz: float, seed: int
 ) -> UnitScore:
     """Fit k-means on the training rows of one layer, score its units on the validation rows.
 
@@ -78,13 +80,11 @@ def fitted_unit_score(
 
 
 def travelling_unit_score(
-    upstream: Upstream, split: Split, task: PhoneTask, silence: set[int], device: torch.device
+    upstream: Upstream, split: Split, task: PhoneTask, silence: frozenset[int], device: torch.device
 ) -> UnitScore:
     """Score the units of the k-means model that travelled with `upstream` on every utterance of `split`."""
     kmeans = upstream.kmeans
-    window = getattr(kmeans.extractor, "min_samples", WINDOW_SAMPLES)
-    grid = (SAMPLE_RATE // kmeans.rate_hz, window)
-    units, phones = _aligned(upstream.units, split, task, grid, device)
+    units, phones = _aligned(upstream.units, split, task, partial(feature_centres, kmeans.extractor), device)
     layer = "" if kmeans.spec.layer is None else f", layer {kmeans.spec.layer}"
     return unit_score(
         f"k-means that made the labels ({kmeans.spec.kind}{layer})",
@@ -97,7 +97,7 @@ def travelling_unit_score(
 
 
 def codebook_scores(
-    upstream: Upstream, split: Split, task: PhoneTask, silence: set[int], device: torch.device
+    upstream: Upstream, split: Split, task: PhoneTask, silence: frozenset[int], device: torch.device
 ) -> list[UnitScore]:
     """Score the codes of each group of the encoder's codebook, and all groups' codes of a frame taken together.
 
@@ -112,9 +112,10 @@ def codebook_scores(
         return []
     encoder.eval().to(device)
     tokenizer = cast(Tokenizer, encoder)
-    grid = (tokenizer.stride_samples, tokenizer.receptive_field_samples)
-    codes, phones = _aligned(tokenizer.codes, split, task, grid, device)
-    rate_hz = SAMPLE_RATE / tokenizer.stride_samples
+    stride = tokenizer.stride_samples
+    centres = partial(frame_centres, stride_samples=stride, first_centre_samples=first_centre_samples(encoder, stride))
+    codes, phones = _aligned(tokenizer.codes, split, task, centres, device)
+    rate_hz = SAMPLE_RATE / stride
     scores = [
         unit_score(f"codes, group {group}", codes[:, group], phones, entries, silence, rate_hz)
         for group in range(groups)
@@ -129,15 +130,15 @@ def _aligned(
     units_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     split: Split,
     task: PhoneTask,
-    grid: tuple[int, int],
+    centres_of: Callable[[int], np.ndarray],
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Units (N, ...) of the labelled frames of `split`, and their phones (N,); `grid`: stride and window in samples."""
+    """Units (N, ...) of the labelled frames of `split`, and their phones (N,); `centres_of`: of so many frames."""
     units, phones = [], []
     for row, key, waveform in split.waveforms("units"):
         found, lengths = units_of(waveform.unsqueeze(0).to(device), torch.tensor([len(waveform)], device=device))
         found = found[0, : int(lengths[0])].cpu()
-        kept, ids = task.label(row, key, found, frame_centres(len(found), *grid))
+        kept, ids = task.label(row, key, found, centres_of(len(found)))
         units.append(kept.numpy())
         phones.append(ids)
     return np.concatenate(units), np.concatenate(phones)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import ConfigError, typed
+from pretrain.data.alignments import frame_centres
 from pretrain.method import Batch, Example, StepOutput
 from pretrain.objectives.figures import band_errors
-from pretrain.probe.alignments import frame_centres
 from pretrain.probe.collect import upstream_source
 from pretrain.weights.interop.speech_encoder import split_qkv
 from recipes.mockingjay import interop
@@ -289,7 +289,7 @@ def test_the_probe_knows_where_frames_lie(axes: str, centre: int, tmp_path: Path
     click[8_000] = 1.0
     front_end = build("mockingjay_tiny", *AXES[axes]).encoder.front_end
     loud = front_end(click[None], None)[0][0, :, :80].mean(1)
-    centres = frame_centres(len(loud), source.strides[0], source.windows[0])
+    centres = frame_centres(len(loud), source.strides[0], source.first_centres[0])
     assert centres[0] == centre
     assert abs(centres[loud > loud.max() - 0.5].mean() - 8_000) <= 80
 

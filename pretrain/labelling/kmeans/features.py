@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.alignments import first_centre_samples, frame_centres
 from pretrain.errors import UserError
-from pretrain.features.mel import SAMPLE_RATE, log_mel
+from pretrain.features.mel import SAMPLE_RATE, WINDOW_SAMPLES, log_mel
 from pretrain.features.mfcc import MFCC_DIM, mfcc39
 from pretrain.method import Encoder
 
@@ -44,13 +46,22 @@ class FeatureSpec:
 
 
 class FeatureExtractor(Protocol):
-    """Turns (T,) waveforms at 16 kHz into (F, dim) float32 features, `rate_hz` frames a second."""
+    """Turns (T,) waveforms at 16 kHz into (F, dim) float32 features, `rate_hz` frames a second.
+
+    `first_centre_samples` is the middle of the first frame.
+    """
 
     spec: FeatureSpec
     rate_hz: int
+    first_centre_samples: int
     dim: int
 
     def extract(self, waveform: Tensor) -> Tensor: ...
+
+
+def feature_centres(extractor: FeatureExtractor, frames: int) -> np.ndarray:
+    """(F,) int64 samples: the middle of each of the first `frames` features."""
+    return frame_centres(frames, SAMPLE_RATE // extractor.rate_hz, extractor.first_centre_samples)
 
 
 class SpectralFeatures:
@@ -59,6 +70,7 @@ class SpectralFeatures:
     def __init__(self, spec: FeatureSpec) -> None:
         self.spec = spec
         self.rate_hz = SPECTRAL_RATE_HZ
+        self.first_centre_samples = WINDOW_SAMPLES // 2
         self.dim = MFCC_DIM if spec.kind == "mfcc" else MEL_BINS
 
     def extract(self, waveform: Tensor) -> Tensor:
@@ -90,6 +102,7 @@ class UpstreamFeatures:
                 "choose another layer"
             )
         self.rate_hz = SAMPLE_RATE // self.stride_samples
+        self.first_centre_samples = first_centre_samples(encoder, self.stride_samples)
         self.min_samples: int = getattr(encoder, "receptive_field_samples", self.stride_samples)
 
     def extract(self, waveform: Tensor) -> Tensor:

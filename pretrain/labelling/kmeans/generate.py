@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.data.alignments import UNKNOWN, Phones, match_utterance, read_phones
 from pretrain.data.folders import resolve_data_dir
 from pretrain.data.label_files import LabelWriter
 from pretrain.data.manifest import Manifest
@@ -25,10 +26,11 @@ from pretrain.labelling.kmeans.features import (
     FeatureError,
     FeatureExtractor,
     FeatureSpec,
+    feature_centres,
 )
 from pretrain.labelling.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
 from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
-from pretrain.labelling.kmeans.quality import Alignments, QualityCounter
+from pretrain.labelling.kmeans.quality import QualityCounter
 from pretrain.labelling.ranks import Ranks
 from pretrain.labelling.stream import WaveformStream, check_problems
 from pretrain.upstream import Upstream
@@ -120,14 +122,14 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
     started = time.monotonic()
     output = Path(options.output)
     manifests = read_manifests(resolve_data_dir(options.data.dir))
-    alignments = Alignments.read(Path(options.alignments)) if options.alignments else None
+    phones = read_phones(options.alignments) if options.alignments else None
     with work_directory(output, options.overwrite) as (ranks, work):
         model, known, fit_report = _kmeans_model(options, manifests["train"], ranks)
         tallies = {}
         for split, manifest in manifests.items():
             stream = WaveformStream(manifest, options.data.max_bad_share, options.data.workers)
             known_here = known if split == "train" else {}
-            tallies[split] = _label_split(split, stream, model, known_here, alignments, work, ranks)
+            tallies[split] = _label_split(split, stream, model, known_here, phones, work, ranks)
         report = {
             "features": asdict(model.spec),
             "checkpoint": options.checkpoint,
@@ -241,7 +243,7 @@ def _label_split(
     stream: WaveformStream,
     model: KMeansModel,
     known: dict[int, Tensor],
-    alignments: Alignments | None,
+    phones: Phones | None,
     work: Path,
     ranks: Ranks,
 ) -> SplitTally:
@@ -252,7 +254,7 @@ def _label_split(
         len(rows),
         int(manifest.lengths[list(rows)].sum()),
         np.zeros(model.num_clusters, dtype=np.int64),
-        quality=QualityCounter(alignments.inventory, model.num_clusters) if alignments else None,
+        quality=QualityCounter(phones.names, model.num_clusters) if phones else None,
     )
     writer = LabelWriter(work, split, model.num_clusters, shard=ranks.rank)
     features_of_rows = _features(rows, known, stream, model.extractor, ranks.device)
@@ -266,9 +268,10 @@ def _label_split(
         labels = units.cpu().numpy()
         writer.write(labels)
         tally.add(labels, distances)
-        utterance = alignments.find(manifest.utterance_id(row)) if alignments else None
-        if alignments and tally.quality and utterance is not None:
-            tally.quality.add(alignments.frame_phones(utterance, len(labels), model.rate_hz), labels)
+        utterance = match_utterance(manifest.utterance_id(row), phones.utterances) if phones else None
+        if phones and tally.quality and utterance is not None:
+            centres = feature_centres(model.extractor, len(labels))
+            tally.quality.add(phones.at(utterance, centres, phones.ids(UNKNOWN)), labels)
     writer.close()
     tally.problems = stream.problems
     first, *others = ranks.gather(tally)

@@ -7,80 +7,13 @@ section IV-E. Entropies are in nats.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.tables import Table
+from pretrain.data.alignments import SILENCES, AlignmentError
 
-SAMPLE_RATE = 16000
-WINDOW_SAMPLES = 400
-UNKNOWN = "UNK"
-SILENCES = frozenset({"SIL", "sil", "sp", "pau"})
-HEADER = ("utt", "start_s", "end_s", "phone")
 LOG_FLOOR = 1e-8  # fairseq adds it inside its logarithms
-
-
-class AlignmentError(UserError):
-    """A phone alignment that cannot be read: "<file>: <line>: <what is wrong>; <what to do>"."""
-
-
-@dataclass(frozen=True)
-class Alignments:
-    """Phone intervals per utterance: `starts` and `ends` in seconds, `phones` as indices into `inventory`."""
-
-    inventory: list[str]
-    starts: dict[str, np.ndarray]
-    ends: dict[str, np.ndarray]
-    phones: dict[str, np.ndarray]
-
-    @classmethod
-    def read(cls, path: Path) -> Alignments:
-        """Read a tab-separated table with the columns utt, start_s, end_s, phone. Raises AlignmentError."""
-        table = Table(path, HEADER, AlignmentError)
-        rows: dict[str, list[tuple[float, float, str]]] = {}
-        for number, (utterance, start, end, phone) in table:
-            try:
-                interval = float(start), float(end), phone
-            except ValueError:
-                raise table.error(
-                    number, f"start_s '{start}' and end_s '{end}' must be seconds", "correct the line"
-                ) from None
-            rows.setdefault(utterance, []).append(interval)
-        inventory = sorted({phone for intervals in rows.values() for *_, phone in intervals})
-        index = {phone: i for i, phone in enumerate(inventory)}
-        ordered = {utterance: sorted(intervals) for utterance, intervals in rows.items()}
-        return cls(
-            inventory,
-            {u: np.array([start for start, _, _ in r]) for u, r in ordered.items()},
-            {u: np.array([end for _, end, _ in r]) for u, r in ordered.items()},
-            {u: np.array([index[phone] for *_, phone in r]) for u, r in ordered.items()},
-        )
-
-    def find(self, utterance: str) -> str | None:
-        """The name under which `utterance` (a relative path without suffix) is listed: in full, or its last part."""
-        for name in (utterance, utterance.rsplit("/", 1)[-1]):
-            if name in self.starts:
-                return name
-        return None
-
-    def frame_phones(self, utterance: str, frames: int, rate_hz: int) -> np.ndarray:
-        """(frames,) int64 phone indices, -1 where no phone (or UNK) covers the frame's centre.
-
-        Frame t at `rate_hz` frames a second is a window of 25 ms from t / rate_hz on: its centre is 12.5 ms later.
-        """
-        name = self.find(utterance)
-        if name is None or frames == 0:
-            return np.full(frames, -1, dtype=np.int64)
-        centres = np.arange(frames) / rate_hz + WINDOW_SAMPLES / 2 / SAMPLE_RATE
-        interval = np.searchsorted(self.starts[name], centres, side="right") - 1
-        covered = (interval >= 0) & (centres < self.ends[name][interval])
-        phones = np.where(covered, self.phones[name][interval], -1)
-        if UNKNOWN in self.inventory:
-            phones[phones == self.inventory.index(UNKNOWN)] = -1
-        return phones
 
 
 @dataclass(frozen=True)
