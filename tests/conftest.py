@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pretrain.training.distributed import World
+    from pretrain.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 # What torchrun and DeepSpeed leave in the environment of a process; children must start without it.
@@ -34,7 +34,7 @@ def world() -> Iterator[World]:
     """This process as a world of one, for everything that calls collectives."""
     import torch.distributed as dist
 
-    from pretrain.training.distributed import join_world
+    from pretrain.world import join_world
 
     before = {name: os.environ.pop(name, None) for name in LAUNCH_VARIABLES}
     yield join_world()

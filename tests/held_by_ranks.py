@@ -18,8 +18,8 @@ from torch import nn
 
 from pretrain.method import Batch, Method, StepOutput
 from pretrain.planning.footprint import LiveBytes
-from pretrain.training.distributed import World, join_world
 from pretrain.training.engine import Engine
+from pretrain.world import World, join_world
 
 WIDTH, LAYERS = 512, 6  # layers that ZeRO 3 shares: it leaves smaller tensors whole
 BUCKET = WIDTH * WIDTH  # elements, about one layer

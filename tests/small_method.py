@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig
 from pretrain.method import Batch, Method, StepOutput
-from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
+from pretrain.world import World
 
 MICRO_BATCHES = 4
 ROWS = 5

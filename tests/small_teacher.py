@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pretrain.method import Batch, Method, Progress, StepOutput
 from pretrain.models.batch_norm import BatchNorm, update_running_statistics
 from pretrain.models.teacher import Teacher, linear_ramp
-from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
+from pretrain.world import World
 
 UPDATES = 4
 STEPS = (1, 3, 4, 7)  # of `micro_batch`; those without a NaN

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.data.augment.options import AugmentError
 from pretrain.data.manifest import write_manifest
 from pretrain.training.checkpoint import CheckpointError
-from pretrain.training.distributed import World
+from pretrain.world import World
 
 
 @pytest.fixture(scope="module")

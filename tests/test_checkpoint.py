@@ -27,8 +27,8 @@ from pretrain.training.checkpoint import (
     newest_checkpoint,
     run_lock,
 )
-from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
+from pretrain.world import World
 
 # With `--dist loadgroup` one worker launches the two ranks for this file and test_engine.py.
 pytestmark = pytest.mark.xdist_group("two_ranks")

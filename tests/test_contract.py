@@ -19,11 +19,11 @@ from pretrain.config import CONF_DIR, compose_recipe, recipe_names, run_config, 
 from pretrain.data.loader import planned_reader
 from pretrain.method import Encoder, Method
 from pretrain.registry import load_method, method_names
-from pretrain.training.distributed import World
 from pretrain.training.precision import compare
 from pretrain.training.schedule import build_schedule
 from pretrain.training.setup import open_run
 from pretrain.upstream import Upstream
+from pretrain.world import World
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 ALIASES = [name for name in recipe_names() if len((CONF_DIR / "recipe" / f"{name}.yaml").read_text().split("\n")) <= 3]

@@ -29,9 +29,9 @@ from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names,
 from pretrain.method import Batch, Method
 from pretrain.planning.dry_run import report
 from pretrain.planning.footprint import LiveBytes, measure
-from pretrain.training.distributed import World
 from pretrain.training.memory import state_bytes
 from pretrain.training.setup import build_trainer
+from pretrain.world import World
 
 TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 LARGE = [name for name in ("hubert_xlarge_ll60k", "xls_r_2b") if name in recipe_names()]

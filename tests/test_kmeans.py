@@ -31,7 +31,7 @@ from pretrain.labelling.kmeans.generate import LabelData, LabelOptions, ensure_m
 from pretrain.labelling.kmeans.model import KMeansError, KMeansModel, make_extractor
 from pretrain.labelling.stream import StreamError
 from pretrain.models.speech_encoder import SpeechEncoder
-from pretrain.training.distributed import World
+from pretrain.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTERS = 12

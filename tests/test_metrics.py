@@ -12,8 +12,8 @@ from scipy.stats import entropy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.method import Counts, Ratio
-from pretrain.training.distributed import World
 from pretrain.training.metrics import Accumulator, Reporter, Throughput
+from pretrain.world import World
 
 
 def ratio(total: float, weight: float) -> Ratio:

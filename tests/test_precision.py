@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError
 from pretrain.method import StepOutput
 from pretrain.models.kernels import grouped_conv1d
-from pretrain.training.distributed import World
 from pretrain.training.precision import BOUND, checked_precision, compare, resolve_precision
+from pretrain.world import World
 
 CPU = torch.device("cpu")
 # Channels, groups, kernel. The first four are those that oneDNN's kernel for AMX gets wrong in bfloat16, then the same

@@ -16,7 +16,7 @@ from tagging_run import WITHOUT_EXPORT, TaggingMethod, build
 from pretrain.data.utterance_targets import TargetError
 from pretrain.method import Progress
 from pretrain.training.checkpoint import CheckpointError
-from pretrain.training.distributed import World
+from pretrain.world import World
 
 
 @pytest.fixture(scope="module")

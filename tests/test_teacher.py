@@ -24,11 +24,11 @@ from pretrain.config import compose_recipe, run_config
 from pretrain.errors import UserError
 from pretrain.method import Batch, Progress, StepOutput, TargetInfo
 from pretrain.models.teacher import Teacher, TeacherConfig, frozen_teacher, linear_ramp, load_teacher
-from pretrain.training.distributed import World
 from pretrain.training.setup import build_trainer
 from pretrain.training.trainer import Trainer
 from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.types import InteropError
+from pretrain.world import World
 from recipes.hubert.method import HubertConfig, HubertMethod
 
 # With `--dist loadgroup` one worker launches the two ranks for all files that ask for them.

@@ -20,11 +20,11 @@ from pretrain.data.audio import AudioError
 from pretrain.data.plan import MicroBatch
 from pretrain.method import Batch
 from pretrain.training.checkpoint import CheckpointError
-from pretrain.training.distributed import World
 from pretrain.training.health import HopelessRun
 from pretrain.training.memory import probe_memory
 from pretrain.training.setup import build_trainer
 from pretrain.training.trainer import Trainer
+from pretrain.world import World
 
 Build = Callable[..., Trainer]
 

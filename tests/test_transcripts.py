@@ -26,8 +26,8 @@ from pretrain.data.utterance_targets import (
     write_dictionary,
 )
 from pretrain.method import Example, TargetInfo, TargetSpec
-from pretrain.training.distributed import World
 from pretrain.training.setup import build_trainer
+from pretrain.world import World
 from recipes.hubert.method import HubertCollator, HubertConfig, HubertMethod
 
 PHONES = TargetSpec("phones", "symbols", column="phones")

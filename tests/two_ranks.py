@@ -17,8 +17,8 @@ from small_teacher import ZERO, TaughtMethod, taught_updates
 from pretrain.method import Batch, Example, Method, Progress
 from pretrain.models.batch_norm import update_running_statistics
 from pretrain.training import checkpoint
-from pretrain.training.distributed import World, all_agree, from_main, join_world
 from pretrain.training.engine import Engine
+from pretrain.world import World, join_world
 
 STAGES = (0, 1, 2, 3)
 # (stage that wrote, stage that reads)
@@ -91,6 +91,15 @@ def one_rank_fails_to_write(folder: Path, world: World) -> dict[str, Any]:
     found, passed_over = checkpoint.find_resumable(run, world)
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     return {"first": first, "second": second, "found": found and found.name, "passed_over": passed_over, "left": left}
+
+
+def _failed_on_main(world: World) -> str:
+    """The message of an error that only the main rank meets, as every rank sees it."""
+    try:
+        world.from_main(_no_space)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _no_space(*_: Any) -> None:
@@ -173,8 +182,9 @@ def main(folder: Path) -> None:
         "taught": {name: taught_run(folder / f"taught{name}", zero, "fp32", world) for name, zero in ZERO.items()},
         "failing": one_rank_fails_to_write(folder, world),
         "damaged": damage_seen_by_one_rank(folder, world),
-        "from_main": from_main({"rank": world.rank}),
-        "agree": [all_agree(True), all_agree(world.rank == 0)],
+        "from_main": world.from_main(lambda: {"rank": world.rank}),
+        "gathered": world.gather(world.rank),
+        "failed_on_main": _failed_on_main(world),
     }
     others = [None] * world.size
     dist.all_gather_object(others, json.dumps(results))

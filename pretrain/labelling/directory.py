@@ -13,7 +13,8 @@ from typing import Any
 from pretrain.data.labels import LabelError, LabelInfoFile, join_splits, publish_labels
 from pretrain.data.manifest import Manifest
 from pretrain.files import take_place
-from pretrain.labelling.ranks import Ranks
+from pretrain.labelling.ranks import labelling_world
+from pretrain.world import World
 
 SPLITS = ("train", "valid")
 
@@ -46,21 +47,19 @@ def labels_of(directory: Path, data_dir: Path) -> LabelInfoFile | None:
 
 
 @contextmanager
-def work_directory(output: Path, overwrite: bool) -> Iterator[tuple[Ranks, Path]]:
+def work_directory(output: Path, overwrite: bool) -> Iterator[tuple[World, Path]]:
     """The ranks that label together, and an empty directory beside `output` that they share.
 
     Enter it on all ranks. `publish` gives the directory its name; what is left of it when the block ends, with or
     without an error, is removed. Raises LabelError where `output` exists, unless `overwrite`.
     """
-    ranks = Ranks.join()
-    work: Path | None = None
-    try:
-        work = ranks.from_rank_0(lambda: _make_work_directory(output, overwrite))
-        yield ranks, work
-    finally:
-        if work is not None and ranks.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-        ranks.leave()
+    with labelling_world() as world:
+        work = world.from_main(lambda: _make_work_directory(output, overwrite))
+        try:
+            yield world, work
+        finally:
+            if world.is_main:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _make_work_directory(output: Path, overwrite: bool) -> Path:

@@ -22,15 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.config import TrainerConfig, nearest, save_yaml
 from pretrain.errors import UserError
-from pretrain.training.distributed import World, all_agree, from_main
 from pretrain.weights.interop.files import give_default_mode
+from pretrain.world import World
 
 if TYPE_CHECKING:  # readers of checkpoints need no deepspeed
     from pretrain.training.engine import Engine
@@ -72,7 +71,7 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
     folder = final.with_suffix(".tmp")
     written: dict[str, dict[str, Any]] = {}
     problem = _make_empty(folder) if world.is_main else None
-    dist.barrier()
+    world.barrier()
     weights = engine.weights(keep=world.is_main)
     moments = dict(_own_moments(engine, world))
     try:
@@ -87,8 +86,7 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
                 written[name] = _make_durable(folder / name)
     except Exception as error:  # safetensors raises its own type for a full disk
         problem = problem or f"{folder}: {error}"
-    reports: list[Any] = [None] * world.size
-    dist.all_gather_object(reports, (problem, written))
+    reports = world.gather((problem, written))
     problem = next((p for p, _ in reports if p), None)
     if world.is_main:
         files = {name: facts for _, part in reports for name, facts in part.items()}
@@ -96,7 +94,7 @@ def save(run_dir: Path, engine: Engine, state: RunState, config: dict[str, Any],
         problem = problem or _publish(folder, final, files, keep, best)
         if problem:
             shutil.rmtree(folder, ignore_errors=True)
-    return from_main(problem)
+    return world.from_main(lambda: problem)
 
 
 def step_folder(step: int) -> str:
@@ -204,14 +202,12 @@ def newest_checkpoint(run_dir: Path, names: Collection[str] | None = None) -> Pa
 def find_resumable(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies on all ranks, and a line about each newer one that was passed over."""
     passed_over: list[str] = []
-    for name in from_main([step.name for step in reversed(_steps(run_dir))]):
+    for name in world.from_main(lambda: [step.name for step in reversed(_steps(run_dir))]):
         step = run_dir / "checkpoints" / name
-        problem = damage(step, world.rank, world.size)
-        if all_agree(problem is None):
+        problems = [problem for problem in world.gather(damage(step, world.rank, world.size)) if problem]
+        if not problems:
             return step, passed_over
-        problems: list[Any] = [None] * world.size
-        dist.all_gather_object(problems, problem)
-        passed_over.append(next(p for p in problems if p))
+        passed_over.append(problems[0])
     return None, passed_over
 
 

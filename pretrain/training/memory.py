@@ -12,9 +12,9 @@ import torch
 from pretrain.config import BatchConfig, ConfigError
 from pretrain.data.loader import MicroBatchReader
 from pretrain.method import Method
-from pretrain.training.distributed import World
 from pretrain.training.metrics import peak_memory_gb
 from pretrain.training.precision import autocast, left_untouched
+from pretrain.world import World
 
 FP32_BYTES = 4
 # Elements; DeepSpeed's defaults, which conf/deepspeed leaves alone.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.method import Batch, Method, StepOutput
-from pretrain.training.distributed import World
+from pretrain.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Rounding alone makes a layer's output differ by less than 1 %; a wrong kernel by 50 % and more.

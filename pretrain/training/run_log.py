@@ -15,9 +15,9 @@ from pretrain.data.audio import AudioError
 from pretrain.data.loader import MicroBatchReader
 from pretrain.data.plan import Plan
 from pretrain.method import Batch
-from pretrain.training.distributed import World
 from pretrain.training.metrics import Reporter, short
 from pretrain.training.schedule import Schedule
+from pretrain.world import World
 
 MIN_ROWS_FOR_BAD_SHARE = 200
 MIN_SHARE_OF_PUBLISHED_SECONDS = 0.6

@@ -20,7 +20,6 @@ from pretrain.files import new_directory
 from pretrain.method import Collator, Method
 from pretrain.registry import load_method
 from pretrain.training import checkpoint
-from pretrain.training.distributed import join_world, share_cores
 from pretrain.training.engine import Engine
 from pretrain.training.memory import probe_memory
 from pretrain.training.precision import checked_precision, resolve_precision
@@ -29,6 +28,7 @@ from pretrain.training.schedule import build_schedule
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validation
 from pretrain.weights.read import initialise
+from pretrain.world import join_world, share_cores
 
 MAX_SHOWN = 8  # entries of a list in a sentence
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from pretrain.data.loader import MicroBatchReader, batches
-from pretrain.training.distributed import World
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import Accumulator
+from pretrain.world import World
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from pretrain.labelling.kmeans.features import (
 from pretrain.labelling.kmeans.fit import FitOptions, fit_centroids, keep_share, sample_points, sample_rows
 from pretrain.labelling.kmeans.model import KMeansModel, make_extractor
 from pretrain.labelling.kmeans.quality import QualityCounter
-from pretrain.labelling.ranks import Ranks
+from pretrain.labelling.ranks import gather_rows, labelling_world, share_of
 from pretrain.labelling.stream import WaveformStream, check_problems
 from pretrain.upstream import Upstream
 from pretrain.weights.export import find_kmeans
+from pretrain.world import World
 
 
 @dataclass
@@ -123,13 +124,13 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
     output = Path(options.output)
     manifests = read_manifests(resolve_data_dir(options.data.dir))
     phones = read_phones(options.alignments) if options.alignments else None
-    with work_directory(output, options.overwrite) as (ranks, work):
-        model, known, fit_report = _kmeans_model(options, manifests["train"], ranks)
+    with work_directory(output, options.overwrite) as (world, work):
+        model, known, fit_report = _kmeans_model(options, manifests["train"], world)
         tallies = {}
         for split, manifest in manifests.items():
             stream = WaveformStream(manifest, options.data.max_bad_share, options.data.workers)
             known_here = known if split == "train" else {}
-            tallies[split] = _label_split(split, stream, model, known_here, phones, work, ranks)
+            tallies[split] = _label_split(split, stream, model, known_here, phones, work, world)
         report = {
             "features": asdict(model.spec),
             "checkpoint": options.checkpoint,
@@ -137,11 +138,11 @@ def generate_labels(options: LabelOptions) -> dict[str, Any]:
             "rate_hz": model.rate_hz,
             "fit": fit_report,
             "splits": {split: tally.report() for split, tally in tallies.items()},
-            "world_size": ranks.world_size,
+            "world_size": world.size,
             "wall_seconds": time.monotonic() - started,
-            "peak_rss_gib_per_rank": ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
+            "peak_rss_gib_per_rank": world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
         }
-        ranks.from_rank_0(lambda: _publish(work, output, model, manifests, tallies, report))
+        world.from_main(lambda: _publish(work, output, model, manifests, tallies, report))
     return report
 
 
@@ -167,13 +168,10 @@ def describe(report: dict[str, Any]) -> str:
 def ensure_mfcc_labels(data_dir: Path, output: Path, clusters: int = 100) -> Path:
     """Labels of k-means on MFCC for `data_dir` in `output`; made unless a directory of them is there already.
 
-    Call it on all ranks. Returns `output`.
+    Call it on all world. Returns `output`.
     """
-    ranks = Ranks.join()
-    try:
-        fresh = ranks.from_rank_0(lambda: is_current(output, data_dir, clusters))
-    finally:
-        ranks.leave()
+    with labelling_world() as world:
+        fresh = world.from_main(lambda: is_current(output, data_dir, clusters))
     if not fresh:
         options = LabelOptions(str(output), LabelData(str(data_dir)), clusters=clusters, overwrite=True)
         generate_labels(options)
@@ -187,34 +185,32 @@ def is_current(directory: Path, data_dir: Path, clusters: int) -> bool:
 
 
 def _kmeans_model(
-    options: LabelOptions, train: Manifest, ranks: Ranks
+    options: LabelOptions, train: Manifest, world: World
 ) -> tuple[KMeansModel, dict[int, Tensor], dict[str, Any] | None]:
     """The model, the features of this rank's rows as far as the fit kept them whole, and the report of the fit."""
     if options.kmeans is not None:
         if options.checkpoint is not None or options.layer is not None:
             raise FeatureError("kmeans: knows its own features; leave out checkpoint and layer")
-        return KMeansModel.load(find_kmeans(Path(options.kmeans))).to(ranks.device), {}, None
+        return KMeansModel.load(find_kmeans(Path(options.kmeans))).to(world.device), {}, None
     started = time.monotonic()
     fit_options = options.fit_options()
-    extractor = _extractor(options, ranks)
+    extractor = _extractor(options, world)
     rows = sample_rows(train.lengths, options.fit_hours, options.seed)
     share = keep_share(train.lengths[rows], extractor.rate_hz, fit_options)
-    mine = rows[list(ranks.share(train.lengths[rows]))]
+    mine = rows[list(share_of(world, train.lengths[rows]))]
     stream = WaveformStream(train, options.data.max_bad_share, options.data.workers)
     waveforms = stream.read(mine.tolist())
-    progress = tqdm(
-        waveforms, "sampling for k-means", len(mine), unit="file", disable=None if ranks.rank == 0 else True
-    )
-    points, features = sample_points(extractor, progress, share, options.seed, ranks.device)
-    joined = ranks.gather_rows(points)
-    count = sum(ranks.gather(len(points)))
+    progress = tqdm(waveforms, "sampling for k-means", len(mine), unit="file", disable=None if world.is_main else True)
+    points, features = sample_points(extractor, progress, share, options.seed, world.device)
+    joined = gather_rows(world, points)
+    count = sum(world.gather(len(points)))
     extracted = time.monotonic()
 
     def fit() -> Tensor:
         assert joined is not None  # rank 0 has the rows
         return fit_centroids(joined, fit_options)
 
-    centroids = ranks.from_rank_0(fit)
+    centroids = world.from_main(fit)
     report = {
         **asdict(fit_options),
         "rows": len(rows),
@@ -222,10 +218,10 @@ def _kmeans_model(
         "extraction_seconds": extracted - started,
         "fit_seconds": time.monotonic() - extracted,
     }
-    return KMeansModel(centroids, extractor).to(ranks.device), features, report
+    return KMeansModel(centroids, extractor).to(world.device), features, report
 
 
-def _extractor(options: LabelOptions, ranks: Ranks) -> FeatureExtractor:
+def _extractor(options: LabelOptions, world: World) -> FeatureExtractor:
     if options.features != "upstream":
         for name in ("checkpoint", "upstream"):
             if getattr(options, name) is not None:
@@ -235,7 +231,7 @@ def _extractor(options: LabelOptions, ranks: Ranks) -> FeatureExtractor:
         raise FeatureError("checkpoint: missing; give a run, an export, a Hugging Face folder or a .pt")
     upstream = Upstream(options.upstream, options.checkpoint)
     spec = FeatureSpec("upstream", upstream.method_name, options.layer, options.max_chunk_seconds)
-    return make_extractor(spec, upstream.encoder.to(ranks.device))
+    return make_extractor(spec, upstream.encoder.to(world.device))
 
 
 def _label_split(
@@ -245,21 +241,21 @@ def _label_split(
     known: dict[int, Tensor],
     phones: Phones | None,
     work: Path,
-    ranks: Ranks,
+    world: World,
 ) -> SplitTally:
     """Label this rank's rows into a shard; returns what all ranks saw. `known` are features that the fit computed."""
     manifest = stream.manifest
-    rows = ranks.share(manifest.lengths)
+    rows = share_of(world, manifest.lengths)
     tally = SplitTally(
         len(rows),
         int(manifest.lengths[list(rows)].sum()),
         np.zeros(model.num_clusters, dtype=np.int64),
         quality=QualityCounter(phones.names, model.num_clusters) if phones else None,
     )
-    writer = LabelWriter(work, split, model.num_clusters, shard=ranks.rank)
-    features_of_rows = _features(rows, known, stream, model.extractor, ranks.device)
+    writer = LabelWriter(work, split, model.num_clusters, shard=world.rank)
+    features_of_rows = _features(rows, known, stream, model.extractor, world.device)
     for row, features in tqdm(
-        features_of_rows, f"labelling {split}", len(rows), unit="file", disable=None if ranks.rank == 0 else True
+        features_of_rows, f"labelling {split}", len(rows), unit="file", disable=None if world.is_main else True
     ):
         if features is None:
             writer.write(np.empty(0, dtype=np.int64))
@@ -274,7 +270,7 @@ def _label_split(
             tally.quality.add(phones.at(utterance, centres, phones.ids(UNKNOWN)), labels)
     writer.close()
     tally.problems = stream.problems
-    first, *others = ranks.gather(tally)
+    first, *others = world.gather(tally)
     for other in others:
         first.merge(other)
     check_problems(first.problems, len(manifest), stream.max_bad_share)

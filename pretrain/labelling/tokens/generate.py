@@ -25,7 +25,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.labelling.directory import LabelData, labels_of, publish, read_manifests, work_directory
 from pretrain.labelling.kmeans.generate import ensure_mfcc_labels
 from pretrain.labelling.kmeans.model import KMeansModel
-from pretrain.labelling.ranks import Ranks
+from pretrain.labelling.ranks import labelling_world, share_of
 from pretrain.labelling.stream import WaveformStream, check_problems
 from pretrain.labelling.tokens.dictionary import UNKNOWN_CLASS, TokenDictionary, code_numbers
 from pretrain.labelling.tokens.tokenizer import (
@@ -40,6 +40,7 @@ from pretrain.labelling.tokens.tokenizer import (
 from pretrain.weights.export import find_kmeans, write_native
 from pretrain.weights.interop.files import read_json, read_safetensors
 from pretrain.weights.read import load_strictly, read_weights
+from pretrain.world import World
 
 MAX_SAMPLES = 1_300_000  # of a piece that is encoded at once, as in fairseq's featurizer
 MAX_COMBINATIONS = 2**24  # a table of them is kept
@@ -83,7 +84,7 @@ class SplitTally:
 def generate_tokens(options: TokenOptions) -> dict[str, Any]:
     """Tokenize the splits of `options.data.dir` and write the token directory; returns the report.
 
-    Runs alone or on all of torchrun's ranks. Raises LabelError for an output that exists and for options that do not
+    Runs alone or on all of torchrun's world. Raises LabelError for an output that exists and for options that do not
     go together, InteropError for an unreadable checkpoint, StreamError where too many files are unreadable.
     """
     return tokenize(_source(options), options.data, options.output, options.overwrite)
@@ -92,16 +93,13 @@ def generate_tokens(options: TokenOptions) -> dict[str, Any]:
 def ensure_kmeans_tokens(data_dir: Path, output_dir: Path, clusters: int) -> Path:
     """Tokens of `data_dir` by k-means on its MFCC, under `output_dir`; made unless they are there already.
 
-    Call it on all ranks. Returns the token directory.
+    Call it on all world. Returns the token directory.
     """
     labels = ensure_mfcc_labels(data_dir, output_dir / f"sample_mfcc{clusters}", clusters)
     output = output_dir / f"sample_tokens{clusters}"
     source = _kmeans_source(labels)
-    ranks = Ranks.join()
-    try:
-        current = ranks.from_rank_0(lambda: _is_current(output, data_dir, source.tokenizer))
-    finally:
-        ranks.leave()
+    with labelling_world() as world:
+        current = world.from_main(lambda: _is_current(output, data_dir, source.tokenizer))
     if not current:
         tokenize(source, LabelData(str(data_dir)), str(output), overwrite=True)
     return output
@@ -112,20 +110,20 @@ def tokenize(source: Source, data: LabelData, output: str, overwrite: bool) -> d
     started = time.monotonic()
     manifests = read_manifests(resolve_data_dir(data.dir))
     groups, entries = code_shape(source.tokenizer, source.method_name)
-    with work_directory(Path(output), overwrite) as (ranks, work):
-        source.tokenizer.float().eval().to(ranks.device)
+    with work_directory(Path(output), overwrite) as (world, work):
+        source.tokenizer.float().eval().to(world.device)
         mine, total = {}, {}
         for split, manifest in manifests.items():
             stream = WaveformStream(manifest, data.max_bad_share, data.workers)
-            mine[split] = _encode_split(split, stream, source.tokenizer, work, ranks)
-            total[split] = _merged(ranks.gather(mine[split]))
+            mine[split] = _encode_split(split, stream, source.tokenizer, work, world)
+            total[split] = _merged(world.gather(mine[split]))
             check_problems(total[split].problems, len(manifest), data.max_bad_share)
         dictionary = source.dictionary or TokenDictionary.from_counts(total["train"].used, groups, entries)
         for split, tally in mine.items():
-            _number_split(split, tally, dictionary, work, ranks.rank)
-        ranks.barrier()
-        report = _report(source, dictionary, total, ranks.world_size, time.monotonic() - started)
-        ranks.from_rank_0(lambda: _publish(work, Path(output), source, dictionary, manifests, total, report))
+            _number_split(split, tally, dictionary, work, world.rank)
+        world.barrier()
+        report = _report(source, dictionary, total, world.size, time.monotonic() - started)
+        world.from_main(lambda: _publish(work, Path(output), source, dictionary, manifests, total, report))
     return report
 
 
@@ -199,18 +197,18 @@ def _is_current(directory: Path, data_dir: Path, tokenizer: KMeansTokenizer) -> 
     return torch.equal(centroids, tokenizer.centroids)
 
 
-def _encode_split(split: str, stream: WaveformStream, tokenizer: Any, work: Path, ranks: Ranks) -> SplitTally:
+def _encode_split(split: str, stream: WaveformStream, tokenizer: Any, work: Path, world: World) -> SplitTally:
     """Codes of this rank's rows into a file of its own, as flat int32 numbers."""
     lengths = stream.manifest.lengths
-    rows = ranks.share(lengths)
+    rows = share_of(world, lengths)
     groups, entries = tokenizer.code_shape
     tally = SplitTally(int(lengths[list(rows)].sum()), np.zeros(entries**groups, dtype=np.int64))
-    bar = tqdm(stream.read(rows), f"tokenizing {split}", len(rows), unit="file", disable=ranks.rank > 0 or None)
-    with _code_file(work, split, ranks.rank).open("wb") as file:
+    bar = tqdm(stream.read(rows), f"tokenizing {split}", len(rows), unit="file", disable=world.rank > 0 or None)
+    with _code_file(work, split, world.rank).open("wb") as file:
         for _, waveform in bar:
             numbers = np.empty(0, dtype=np.int32)
             if waveform is not None:
-                codes = utterance_codes(tokenizer, waveform.to(ranks.device))
+                codes = utterance_codes(tokenizer, waveform.to(world.device))
                 numbers = code_numbers(codes, entries).cpu().numpy().astype(np.int32)
             file.write(numbers.tobytes())
             tally.frames.append(len(numbers))
