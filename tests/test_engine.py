@@ -28,7 +28,8 @@ from two_ranks import CHANGES, STAGES, conformer_run, continued, load, save
 
 from pretrain.config import ConfigError, OptimizerConfig
 from pretrain.method import Batch, Method, StepOutput
-from pretrain.training.engine import Engine, SkippableAdam
+from pretrain.training.adam import SkippableAdam
+from pretrain.training.engine import Engine
 from pretrain.world import World
 
 FIXTURES = Path(__file__).parent / "fixtures"

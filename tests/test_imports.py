@@ -107,7 +107,7 @@ def test_what_an_upstream_needs_never_names_the_trainers_libraries(module: str) 
 
 def test_deepspeed_is_imported_in_one_file() -> None:
     assert [name for name, path in PRETRAIN.items() if "deepspeed" in rooms(imports(path))] == [
-        "pretrain.training.engine"
+        "pretrain.training.deepspeed_quirks"
     ]
 
 

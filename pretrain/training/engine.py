@@ -1,9 +1,7 @@
-"""The only file that imports deepspeed: build, backward, step, and the optimiser's state by parameter name."""
+"""DeepSpeed around one method: build, backward, step, and the optimiser's state by parameter name."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -13,59 +11,12 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, OptimizerConfig
 from pretrain.method import Batch, Method, Progress, StepOutput
+from pretrain.training import deepspeed_quirks
+from pretrain.training.adam import SkippableAdam
+from pretrain.training.deepspeed_quirks import deepspeed
 from pretrain.training.precision import DTYPES
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed  # the accelerator must be chosen before
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
-)
-
-# On CPUs DeepSpeed would compile a shared-memory all-reduce at start; gloo does without a compiler.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class SkippableAdam(torch.optim.Adam):
-    """Fused Adam or AdamW that leaves weights and moments alone where a gradient is not finite or `begin` was told so.
-
-    The decision stays on the device: torch's fused kernel reads it as `found_inf`, as it does for gradient scalers.
-    Groups whose entry `is_active` is False are passed over.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], device: torch.device, config: OptimizerConfig) -> None:
-        super().__init__(
-            [{"lr_scale": 1.0, "is_active": True, **group} for group in groups],
-            lr=0.0,  # set before every step from the schedule
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            decoupled_weight_decay=config.name == "adamw",
-            fused=True,
-        )
-        self.found_inf = torch.zeros((), device=device)
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # called without a closure, so no overloads
-        """One update of every parameter that has a gradient, in the active groups."""
-        for group in self.param_groups:
-            if not group["is_active"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros_like(self.found_inf)
-        # ZeRO 3 makes a step for each part of the groups: what was found in one of them holds for those after it.
-        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(total)).float())
-        super().step(closure)
-
-    def begin(self, skip: Tensor) -> None:
-        """Called before the steps of one update; `skip` is a () float tensor, nonzero where nothing may change."""
-        self.found_inf = skip
 
 
 class Engine:
@@ -116,15 +67,7 @@ class Engine:
         """fp16 autocast over fp32 weights: DeepSpeed sees fp32 and would not scale by itself."""
         if self.zero_stage == 0:
             raise ConfigError("precision: fp16 needs deepspeed=zero1 or higher, where DeepSpeed can scale the loss")
-        self._engine.optimizer.loss_scaler = DynamicLossScaler(
-            init_scale=2.0**16,
-            scale_window=2000,
-            min_scale=1.0,
-            delayed_shift=1,
-            consecutive_hysteresis=False,
-            raise_error_at_min_scale=False,
-            dtype=torch.half,
-        )
+        deepspeed_quirks.scale_losses(self._engine.optimizer)
 
     def forward(self, batch: Batch) -> StepOutput:
         """The method's forward, with DeepSpeed's hooks around it."""
@@ -156,8 +99,7 @@ class Engine:
         if self.zero_stage:
             self.grad_norm = float(self._engine.get_global_grad_norm())
         if self.zero_stage == 3:
-            # DeepSpeed 0.19.8 would use this update's gradient again for a layer that the next update skips.
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+            deepspeed_quirks.forget_gradients(self._engine.optimizer)
         return self._engine.was_step_applied() and not bool(self._adam.found_inf)
 
     @property
@@ -209,29 +151,21 @@ class Engine:
         self.step(0.0, torch.zeros_like(self._adam.found_inf))
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find every parameter's moments.
-
-        ZeRO 1 and 2 (DeepSpeed 0.19.8) look for them once, after the first of several parameter groups has stepped,
-        when the other groups have none yet.
-        """
+        """Let DeepSpeed find every parameter's moments."""
         if self.zero_stage in (1, 2) and self._adam.state:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            deepspeed_quirks.link_moments(self._engine.optimizer)
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if not self._adam.state:  # no update was applied yet
             return torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
         if self.zero_stage:
-            return safe_get_full_optimizer_state(parameter, moment)
+            return deepspeed_quirks.whole_moment(parameter, moment)
         return self._adam.state[parameter][moment]
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
         value = value.to(self._adam.found_inf.device)
-        if self.zero_stage == 3:
-            # The "full" setter reads past the end where ranks do not divide the size (DeepSpeed 0.19.8, stage3.py).
-            safe_set_local_optimizer_state(parameter, _own_part(value), moment)
-        elif self.zero_stage:
-            safe_set_full_optimizer_state(parameter, value, moment)
+        if self.zero_stage:
+            deepspeed_quirks.set_whole_moment(parameter, moment, value, self.zero_stage)
         else:
             self._adam.state[parameter][moment].copy_(value)
 
@@ -246,12 +180,9 @@ class Engine:
                 state["step"].fill_(count)
 
     def _states_by_group(self) -> list[list[dict[str, Tensor]]]:
-        """The optimiser's states that exist so far, by parameter group; ZeRO 3 cuts a group into several."""
+        """The optimiser's states that exist so far, by parameter group."""
         if self.zero_stage == 3:
-            zero = self._engine.optimizer
-            by_group: list[list[Tensor]] = [[] for _ in self._adam.param_groups]
-            for index, part in enumerate(zero.fp32_partitioned_groups_flat):
-                by_group[zero.sub_group_to_group_id[index]].append(part)
+            by_group = deepspeed_quirks.parts_by_group(self._engine.optimizer, len(self._adam.param_groups))
         else:
             by_group = [group["params"] for group in self._adam.param_groups]
         states = self._adam.state
@@ -283,10 +214,3 @@ def _gathered(value: Tensor, zero_stage: int) -> Any:
     """ZeRO 3 holds parameters in parts; buffers are whole at every stage."""
     partitioned = zero_stage == 3 and isinstance(value, nn.Parameter)
     return deepspeed.zero.GatheredParameters([value], enabled=partitioned)
-
-
-def _own_part(value: Tensor) -> Tensor:
-    """This rank's equal share of a flat tensor, zeros after its end, as ZeRO 3 cuts parameters."""
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    size = -(-value.numel() // world)
-    return nn.functional.pad(value.flatten(), (0, size * world - value.numel()))[rank * size : (rank + 1) * size]
