@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.config import compose_recipe, run_config, typed
-from pretrain.method import Method, StepOutput
+from pretrain.method import Batch, Example, Method, StepOutput
 from pretrain.registry import load_method
 
 
@@ -91,6 +92,20 @@ def two_waveforms(samples: int = 27_200, shorter: int = 16_079) -> tuple[Tensor,
     lengths = torch.tensor([samples, shorter])
     waveforms = 0.1 * torch.randn(2, samples, generator=generator) + 0.02
     return waveforms * (torch.arange(samples) < lengths[:, None]), lengths
+
+
+def collate(method: Method, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
+    """The method's batch of (B, T) waveforms with (B,) lengths in samples, without targets."""
+    examples = [
+        Example(waveform[:length], row, 0, {}, np.random.default_rng([seed, row]))
+        for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
+    ]
+    return method.collator(method.config)(examples)
+
+
+def method_state(imported: Any) -> dict[str, Tensor]:
+    """The state of a whole method from what an importer gave: encoder and heads."""
+    return {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()} | imported.head_state
 
 
 def hidden_states(model: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:

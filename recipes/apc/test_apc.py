@@ -11,12 +11,24 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from learning import assert_learned
-from recipe_checks import build, count, group, load_fixture, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import (
+    build,
+    collate,
+    count,
+    group,
+    load_fixture,
+    method_state,
+    on_meta,
+    perturb,
+    train_recipe,
+    two_waveforms,
+    value,
+)
 from torch import Tensor
 
 from pretrain.config import ConfigError, typed
 from pretrain.errors import UserError
-from pretrain.method import Batch, Example, StepOutput
+from pretrain.method import Batch, StepOutput
 from recipes.apc import interop
 from recipes.apc.method import ApcConfig, ApcMethod
 from recipes.apc.reference_steps import S3prlApc
@@ -38,8 +50,7 @@ class Official:
         self.shift = self.facts["n_future"]
         values = {"name": "apc", "encoder": imported.encoder_config, "time_shift": self.shift, "past": None}
         self.method = ApcMethod(typed(ApcConfig, values))
-        encoder = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()}
-        self.method.load_state_dict(encoder | imported.head_state)
+        self.method.load_state_dict(method_state(imported))
         self.noise = [self.tensors["in.gumbel_noise_0"]] if "vq" in name else None
         self.target = self.tensors["in.feat"][:, self.shift :]
 
@@ -80,12 +91,6 @@ def test_loss_and_gradients_equal_s3prl(official: Official) -> None:
     assert gradients.keys() == norms.keys()
     for name, norm in norms.items():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3), name
-
-
-def collate(method: ApcMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
-    rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
-    return method.collator(method.config)(examples)
 
 
 def test_a_step_from_waveforms_equals_s3prls_step() -> None:

@@ -10,7 +10,7 @@ import s3prl_compat  # noqa: F401  (must come before s3prl)
 import soundfile
 import torch
 from conftest import ROOT
-from recipe_checks import assert_same_states, build, perturb, two_waveforms, write_checkpoint
+from recipe_checks import assert_same_states, build, method_state, perturb, two_waveforms, write_checkpoint
 from s3prl.nn import S3PRLUpstream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -93,7 +93,7 @@ def test_there_and_back(exported: tuple[Path, Path]) -> None:
     checkpoint = torch.load(exported[1], weights_only=True)
     imported = interop.from_pt(checkpoint)
     config = {"encoder": imported.encoder_config, "time_shift": checkpoint["config"]["task"]["n_future"]}
-    state = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()} | imported.head_state
+    state = method_state(imported)
     again = interop.to_s3prl(TrainedMethod("apc", config, state))
     assert again["config"] == checkpoint["config"]
     assert again["model"].keys() == checkpoint["model"].keys()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, count, group, load_fixture, on_meta, train_recipe, value
+from recipe_checks import build, count, group, load_fixture, method_state, on_meta, train_recipe, value
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, compose_recipe, typed
@@ -56,8 +56,7 @@ class Official:
             "window_frames": shapes["frames"],
         }
         self.method = CpcMethod(typed(CpcConfig, values)).train(self.facts["mode"] == "train")
-        encoder = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()}
-        self.method.load_state_dict(encoder | imported.head_state)
+        self.method.load_state_dict(method_state(imported))
         self.batch = self._batch()
 
     def _batch(self) -> Batch:
@@ -110,7 +109,7 @@ def test_gradients_in_full_and_by_norm(official: Official, output: StepOutput) -
             key: full.get(f"{part}.{key}", torch.full_like(weight, torch.nan)) for key, weight in shapes.items()
         }
     imported = interop.from_pt(checkpoint)
-    expected = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()} | imported.head_state
+    expected = method_state(imported)
     gradients = {name: parameter.grad for name, parameter in official.method.named_parameters()}
     total, compared = math.hypot(*norms.values()), 0
     for name, gradient in gradients.items():

@@ -13,6 +13,7 @@ from recipe_checks import (
     build,
     hidden_states,
     load_fixture,
+    method_state,
     perturb,
     two_waveforms,
     write_checkpoint,
@@ -124,7 +125,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_official_trainer(name: str, t
     method = build("cpc_tiny", *options)
     initialise(method, str(tmp_path / "checkpoint_5.pt"), "keep")
     imported = interop.from_pt(checkpoint)
-    state = {f"encoder.{key}": value for key, value in imported.encoder_state.items()} | imported.head_state
+    state = method_state(imported)
     assert method.state_dict().keys() == state.keys()
     assert all(torch.equal(method.state_dict()[key], state[key]) for key in state)
 

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from learning import assert_learned
-from recipe_checks import build, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.method import Batch, Example
+from pretrain.method import Batch
 from recipes.decoar.method import DecoarMethod, nearer_end
-
-
-def collate(method: DecoarMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
-    examples = [
-        Example(waveform[:length], row, 0, {}, np.random.default_rng(row))
-        for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
-    ]
-    return method.collator(method.config)(examples)
 
 
 def written_out(method: DecoarMethod, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
-from recipe_checks import assert_same_states, build, perturb, two_waveforms, write_checkpoint
+from recipe_checks import assert_same_states, build, method_state, perturb, two_waveforms, write_checkpoint
 from s3prl.nn import S3PRLUpstream
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def test_equals_the_s3prl_client_and_every_tensor_is_ours(
 
 def test_there_and_back(exported: tuple[Path, Path], file: dict[str, Tensor]) -> None:
     imported = interop.from_pt({"model": file})
-    state = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()} | imported.head_state
+    state = method_state(imported)
     assert state.keys() == build("decoar_tiny", "method.encoder.num_layers=4").state_dict().keys()
     again = interop.to_s3prl(TrainedMethod("decoar", {"encoder": imported.encoder_config}, state))["model"]
     assert again.keys() == file.keys()

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
 from torch import Tensor
 
 from pretrain.config import ConfigError
-from pretrain.method import Batch, Example, Progress
+from pretrain.method import Batch, Progress
 from recipes.decoar2.method import Decoar2Method
-
-
-def collate(method: Decoar2Method, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
-    examples = [
-        Example(waveform[:length], row, 0, {}, np.random.default_rng([seed, row]))
-        for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
-    ]
-    return method.collator(method.config)(examples)
 
 
 def written_out(method: Decoar2Method, batch: Batch) -> dict[str, Tensor]:

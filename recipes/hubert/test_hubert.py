@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learning import assert_learned
-from recipe_checks import train_recipe
+from recipe_checks import method_state, train_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -55,8 +55,7 @@ class Official:
             "feature_penalty_weight": criterion["loss_weights"][0],
         }
         method = HubertMethod(typed(HubertConfig, values))
-        encoder = {f"encoder.{key}": value for key, value in imported.encoder_state.items()}
-        method.load_state_dict(encoder | imported.head_state)
+        method.load_state_dict(method_state(imported))
         return method.train()
 
     def _batch(self) -> Batch:

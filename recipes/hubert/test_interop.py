@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_checks import method_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import HubertConfig as TheirConfig
@@ -40,8 +41,7 @@ def trained(imported: Imported, checkpoint: dict[str, Any], num_classes: list[in
         "mask_length": 10,
         **{name: model[name] for name in ("final_dim", "untie_final_proj", "logit_temp")},
     }
-    encoder = {f"encoder.{key}": value for key, value in imported.encoder_state.items()}
-    return TrainedMethod("hubert", config, encoder | imported.head_state)
+    return TrainedMethod("hubert", config, method_state(imported))
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

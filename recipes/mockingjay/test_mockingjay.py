@@ -15,6 +15,7 @@ from recipe_checks import (
     count,
     group,
     load_fixture,
+    method_state,
     on_meta,
     train_recipe,
     two_waveforms,
@@ -59,8 +60,7 @@ class Official:
         alteration |= {"zero_share": 0.8, "replace_share": 0.1, "noise_std": 0.2}
         values = {"name": "mockingjay", "encoder": imported.encoder_config, "target": None, "alteration": alteration}
         method = MockingjayMethod(typed(MockingjayConfig, values))
-        encoder = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()}
-        method.load_state_dict(encoder | imported.head_state)
+        method.load_state_dict(method_state(imported))
         return method.train()
 
     def batch(self) -> Batch:

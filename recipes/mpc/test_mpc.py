@@ -9,21 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
-from pretrain.method import Batch, Example
 from pretrain.models.batch_norm import update_running_statistics
 from recipes.mpc.method import MpcMethod, chunk_mask
-
-
-def collate(method: MpcMethod, waveforms: Tensor, lengths: Tensor, seed: int = 0) -> Batch:
-    examples = [
-        Example(waveform[:length], row, 0, {}, np.random.default_rng([seed, row]))
-        for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
-    ]
-    return method.collator(method.config)(examples)
 
 
 def moved() -> MpcMethod:

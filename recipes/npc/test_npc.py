@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from learning import assert_learned
-from recipe_checks import build, count, group, load_fixture, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import (
+    build,
+    collate,
+    count,
+    group,
+    load_fixture,
+    method_state,
+    on_meta,
+    perturb,
+    train_recipe,
+    two_waveforms,
+    value,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import ConfigError, typed
 from pretrain.features.cmvn import valid_mask
 from pretrain.losses.reconstruction import l1_sum
-from pretrain.method import Batch, Example
 from pretrain.models.batch_norm import update_running_statistics
 from pretrain.weights.interop.types import TrainedMethod
 from recipes.npc import interop
@@ -41,8 +51,7 @@ class Official:
         self.checkpoint = {"config": config, "model": group(self.tensors, "state")}
         imported = interop.from_pt(self.checkpoint)
         self.method = NpcMethod(typed(NpcConfig, {"name": "npc", "encoder": imported.encoder_config}))
-        encoder = {f"encoder.{key}": tensor for key, tensor in imported.encoder_state.items()}
-        self.method.load_state_dict(encoder | imported.head_state)
+        self.method.load_state_dict(method_state(imported))
         self.features, lengths = self.tensors["in.feat"], self.tensors["in.lengths"]
         self.noise = [self.tensors["in.gumbel_noise_0"], self.tensors["in.gumbel_noise_1"]]
         self.valid, self.frames = valid_mask(lengths, self.features.shape[1]).unsqueeze(2), int(lengths.sum())
@@ -99,12 +108,6 @@ def test_statistics_after_an_update_and_evaluation_equal_s3prl(official: Officia
         torch.testing.assert_close(hidden_states[2 * block], expected, rtol=0, atol=5e-5)
     torch.testing.assert_close(predicted, tensors["out.testing.pred"], rtol=0, atol=5e-5)
     assert official.loss(predicted).item() == pytest.approx(official.facts["scalars"]["loss_testing_eval_bn"], rel=1e-5)
-
-
-def collate(method: NpcMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
-    rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
-    return method.collator(method.config)(examples)
 
 
 def test_a_step_from_waveforms_equals_s3prls_step() -> None:

@@ -13,7 +13,7 @@ import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -56,12 +56,6 @@ def small(case: str) -> Wav2VecMethod:
     method = Wav2VecMethod(config(case))
     perturb(method)
     return method.train()
-
-
-def collate(method: Wav2VecMethod, waveforms: Tensor, lengths: Tensor) -> Batch:
-    rows = zip(waveforms, lengths.tolist(), strict=True)
-    examples = [Example(w[:n], i, 0, {}, np.random.default_rng(i)) for i, (w, n) in enumerate(rows)]
-    return method.collator(method.config)(examples)
 
 
 def even_batch(method: Wav2VecMethod) -> Batch:

@@ -16,6 +16,7 @@ from recipe_checks import (
     group,
     hidden_states,
     load_fixture,
+    method_state,
     perturb,
     two_waveforms,
     write_checkpoint,
@@ -81,7 +82,7 @@ def test_fairseq_there_and_back() -> None:
     imported = interop.from_pt(checkpoint)
     model = checkpoint["cfg"]["model"]
     config = {**model, "encoder": imported.encoder_config, "latent_dim": 12, "mask_prob": 0.65, "mask_length": 10}
-    state = {f"encoder.{key}": value for key, value in imported.encoder_state.items()} | imported.head_state
+    state = method_state(imported)
     exported = interop.to_s3prl(TrainedMethod("wav2vec2", config, state))
     assert same(exported["model_weight"], checkpoint["model"])
     again = interop.from_pt(exported)
@@ -145,7 +146,7 @@ def test_training_goes_on_from_every_export_that_keeps_the_heads(exports: dict[s
         method = build("wav2vec2_tiny", *form)
         done = initialise(method, str(exports[source]), "keep")
         assert done[-1] == f"head: {len(trained.head_state)} tensors kept"
-        expected = {f"encoder.{key}": value for key, value in trained.encoder_state.items()} | trained.head_state
+        expected = method_state(trained)
         assert same(dict(method.state_dict()), expected)
     # transformers keeps regularisation and shape as well.
     config = read_weights(exports["huggingface"]).encoder_config

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from learning import assert_learned
-from recipe_checks import build, count, group, load_fixture, on_meta, perturb, train_recipe, value
+from recipe_checks import (
+    build,
+    count,
+    group,
+    load_fixture,
+    method_state,
+    on_meta,
+    perturb,
+    train_recipe,
+    value,
+)
 from torch import Tensor
 from transformers.models.wav2vec2 import modeling_wav2vec2 as theirs
 
@@ -56,8 +66,7 @@ class Official:
             "feature_penalty_weight": criterion["loss_weights"][1],
         }
         method = Wav2Vec2Method(typed(Wav2Vec2Config, values))
-        encoder = {f"encoder.{key}": value for key, value in imported.encoder_state.items()}
-        method.load_state_dict(encoder | imported.head_state)
+        method.load_state_dict(method_state(imported))
         method.quantizer.temperature = gumbel.temperature_at(self.facts["quantizer_num_updates"], *model["latent_temp"])
         return method
 
