@@ -285,6 +285,7 @@ def test_it_learns_more_than_how_often_tokens_come(learning_seed: int, tmp_path:
         tmp_path,
         learning_seed,
         "method={mask_prob:0.2,mask_multiple_length:2,mask_stdev:0}",
+        "optimizer.lr=4e-3",
         "schedule.total_updates=300",
         "trainer={validate_every:300,save_every:300}",
     )

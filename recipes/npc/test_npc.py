@@ -261,8 +261,8 @@ def test_learns_more_than_to_say_the_mean(learning_seed: int, tmp_path: Path) ->
     )
     assert_learned(scores["validation/error_of_mean"], above=0.6)
     assert_learned(scores["validation/loss"], below=0.9 * scores["validation/error_of_mean"])
-    # Each of two groups of 32 chooses among several codes.
-    assert_learned(min(scores[f"validation/codes_{group}_perplexity"] for group in range(2)), above=2.5)
+    # Each of two groups of 32 chooses among several codes; of one that is always chosen this would be 1.
+    assert_learned(min(scores[f"validation/codes_{group}_perplexity"] for group in range(2)), above=1.8)
 
 
 @pytest.mark.slow

@@ -375,23 +375,24 @@ def test_the_benchmarks_peer_computes_our_loss_from_our_weights() -> None:
 
 
 def test_it_learns_to_tell_the_target_from_distractors(learning_seed: int, tmp_path: Path) -> None:
-    """Seconds of training: a smaller network and spans of 3 frames, which leave more context than 5."""
+    """Seconds of training: a smaller network and codebook, and spans of 2 frames, which leave more context than 5."""
     network = "method.encoder={encoder_embed_dim:64,encoder_ffn_embed_dim:128,encoder_layers:2,conv_feature_layers:"
     last = train_recipe(
         "wav2vec2_tiny",
         tmp_path,
         learning_seed,
         network + "[[32,10,5],[32,3,2],[32,3,2],[32,3,2],[32,3,2],[32,2,2],[32,2,2]]}",
-        "method={mask_length:3,mask_prob:0.4,latent_temp:[2.0,0.5,0.98]}",
+        "method={mask_length:2,mask_prob:0.3,latent_vars:16,latent_temp:[2.0,0.5,0.98]}",
         "batch={seconds_per_micro_batch:8,micro_batches_per_step:1}",
         "crop.max_seconds=2.0",
-        "schedule={warmup_updates:20,total_updates:160}",
+        "optimizer.lr=3e-3",
+        "schedule={warmup_updates:20,total_updates:120}",
     )
     # Guessing among the distractors that remain, and the loss of equal logits over all of them.
     assert_learned(last["validation/accuracy"], above=4 * last["validation/chance"])
     assert_learned(last["validation/loss_contrastive"], below=math.log(51))
-    # Many codes are in use, so the targets differ and a hit means something.
-    assert_learned(last["validation/prob_perplexity"], above=10)
+    # Many codes are in use, so the targets differ and a hit means something; of one code a group this would be 2.
+    assert_learned(last["validation/prob_perplexity"], above=5)
     assert_learned(last["validation/chance"], below=2 / 51)
 
 
