@@ -272,10 +272,10 @@ def test_it_learns_to_tell_frames_apart(learning_seed: int, tmp_path: Path) -> N
         tmp_path,
         learning_seed,
         *NARROW,
-        "method={mask_length:2,mask_prob:0.3,latent_vars:16}",
+        # CTC has half of the loss: with half of the recipe's weight the diversity term is as strong as in wav2vec 2.0.
+        "method={mask_length:2,mask_prob:0.3,latent_vars:16,replace_prob:0,diversity_weight:0.01}",
         "batch.seconds_per_micro_batch=10",
-        "optimizer.lr=3e-3",
-        "schedule={warmup_updates:20,total_updates:120}",
+        "schedule={warmup_updates:20,total_updates:160}",
     )
     assert_learned(last["validation/accuracy"], above=3 * last["validation/chance"])
     # Two groups; if each kept a single code, this would be 2.
