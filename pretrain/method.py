@@ -174,7 +174,11 @@ class StepOutput(NamedTuple):
     over the batch's `sample_size` units, and the trainer divides it by the units of the whole update, over all
     micro-batches and ranks. `mean` is () float32, None where a method has no such term: a penalty that is a mean over
     the micro-batch already (a diversity, a norm), weighted like the micro-batch's units. `other_losses` are sums over
-    the units `Batch.other_sizes` of the same names. `metrics` are detached device tensors.
+    the units `Batch.other_sizes` of the same names.
+
+    `metrics` hold detached tensors on the device, under the same names in every micro-batch and on all ranks, of 0
+    units where there is nothing to report. The trainer adds `loss`, what is trained per unit. The health monitor
+    (`pretrain.training.health`) knows some names, such as `accuracy` and `chance`.
 
     A tuple, because ZeRO 3 looks for the tensors of a module's output in tuples, to gather weights before backward.
     """
@@ -183,6 +187,10 @@ class StepOutput(NamedTuple):
     metrics: Mapping[str, Metric]
     mean: Tensor | None = None
     other_losses: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
+
+    def reported(self, batch: Batch) -> dict[str, Metric]:
+        """The metrics, and `loss`: all terms per unit of this micro-batch."""
+        return {"loss": Ratio(self.total(batch).detach(), batch.sample_size), **self.metrics}
 
     def total(self, batch: Batch, ratios: dict[str, Tensor] | None = None) -> Tensor:
         """() float32, all terms as one sum over `batch.sample_size` units.

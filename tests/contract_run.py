@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whichever is installed
+
 from pretrain.config import compose_recipe, run_config
 from pretrain.training.setup import build_trainer
 

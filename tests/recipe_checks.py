@@ -67,6 +67,11 @@ def value(output: StepOutput, name: str) -> float:
     return float(total) / float(weight)
 
 
+def loss_per_unit(output: StepOutput, batch: Batch) -> float:
+    """What is trained, per unit of the batch."""
+    return output.total(batch).item() / batch.sample_size
+
+
 def write_checkpoint(run: Path, method: Method, update: int = 100) -> Path:
     """The files of a finished checkpoint that reading weights needs; returns the step's folder."""
     step = run / "checkpoints" / f"step_{update:08d}"

@@ -130,7 +130,7 @@ class Trainer:
             output = engine.forward(batch.to(world.device))
             loss = output.total(batch, agreed.ratios)
             engine.backward(loss * agreed.scale(world.size), last=index == self.accumulation - 1)
-            self.metrics.add(output.metrics)
+            self.metrics.add(output.reported(batch))
             self._count(batch)
             # Taken one by one while the device works, so that the next step never waits for all of its batches.
             upcoming.append(next(incoming))

@@ -36,10 +36,11 @@ class Validation:
         for index, batch in zip(indices, batches(self.reader, order, self.workers, False), strict=True):
             on_device = batch.to(world.device)
             output = engine.forward(on_device)
+            reported = output.reported(on_device)
             if index < count:
-                metrics.add(output.metrics)
+                metrics.add(reported)
             elif index < world.size:
-                metrics.add({name: value.nothing() for name, value in output.metrics.items()})
+                metrics.add({name: value.nothing() for name, value in reported.items()})
         figures = engine.figures(on_device)
         metrics.commit()
         return metrics.reduce()[0], figures

@@ -180,7 +180,6 @@ class ApcMethod(Method):
             past = self._past_error(features, prediction.hidden, batch.extras)
             metrics |= {"loss_future": Ratio(loss.detach(), units), "loss_past": Ratio(past.detach(), 1.0)}
             output = output._replace(mean=self.config.past.weight * past)
-        metrics["loss"] = Ratio(output.total(batch).detach(), units)
         return output
 
     def _past_error(self, features: Tensor, hidden: Tensor, extras: dict[str, Tensor]) -> Tensor:

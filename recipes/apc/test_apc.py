@@ -17,6 +17,7 @@ from recipe_checks import (
     count,
     group,
     load_fixture,
+    loss_per_unit,
     method_state,
     on_meta,
     perturb,
@@ -197,8 +198,7 @@ def test_the_loss_adds_what_the_second_gru_says_of_the_past() -> None:
         errors.append((method.past.postnet(states)[0] - features[row, start + 5 : start + 12]).abs().mean())
     past = torch.stack(errors).mean().item()
     assert value(output, "loss_past") == pytest.approx(past, rel=1e-5)
-    assert value(output, "loss") == pytest.approx(value(output, "loss_future") + 0.5 * past, rel=1e-5)
-    assert output.total(batch).item() == pytest.approx(value(output, "loss") * batch.sample_size, rel=1e-6)
+    assert loss_per_unit(output, batch) == pytest.approx(value(output, "loss_future") + 0.5 * past, rel=1e-5)
     # The past reaches the first GRU, through the states of the anchors.
     without = past_method(weight=1e-9).train()
     without.load_state_dict(method.state_dict())
@@ -213,7 +213,8 @@ def test_without_an_anchor_the_past_counts_nothing() -> None:
     batch = collate(method, two_waveforms()[0][:, :2000], torch.tensor([2000, 2000]))
     output = method(batch)
     assert value(output, "loss_past") == 0
-    assert value(output, "loss") == value(output, "loss_future") > 0
+    assert loss_per_unit(output, batch) == pytest.approx(value(output, "loss_future"), rel=1e-6)
+    assert loss_per_unit(output, batch) > 0
 
 
 # Sizes and settings
@@ -296,7 +297,7 @@ def test_vq_apc_learns_with_many_codes(learning_seed: int) -> None:
     # With a rate of 8e-3 some seeds stay with two codes.
     output = learn(method, sample_batches(method, 91, learning_seed), rate=4e-3)
     trivial = min(value(output, "error_of_copy"), value(output, "error_of_mean"))
-    assert_learned(value(output, "loss"), below=trivial)
+    assert_learned(value(output, "error"), below=trivial)
     share = output.metrics["codes_0"].counts / output.metrics["codes_0"].counts.sum()
     assert_learned(torch.exp(torch.special.entr(share).sum()).item(), above=2.5)
 

@@ -198,7 +198,6 @@ class CpcMethod(Method):
         step_loss, step_hits = torch.stack(losses).sum(0), torch.stack(hits).sum(0)
         loss = step_loss.sum()
         metrics = {
-            "loss": Ratio(loss.detach(), batch.sample_size),
             "accuracy": Ratio(step_hits.sum(), predictions * self.config.steps),
             "latent_variance": Ratio(z.detach().float().flatten(0, 1).var(0).mean(), 1.0, role="feature_variance"),
         }

@@ -123,7 +123,6 @@ class DecoarMethod(Method):
             unseen = truth[:, :, 1:-1]
             count = unseen[0, 0].numel()
             metrics = {
-                "loss": Ratio(loss.detach(), units),
                 "error": Ratio(loss.detach(), units),
                 "error_of_mean": Ratio(l1_sum(torch.zeros_like(truth), truth, valid) / truth[0, 0].numel(), units),
                 "error_unseen": Ratio(l1_sum(predictions[:, :, 1:-1], unseen, valid) / count, units),

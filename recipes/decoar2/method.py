@@ -175,9 +175,7 @@ class Decoar2Method(Method):
         }
         for group, counts in enumerate(quantized.counts):
             metrics[f"codes_{group}"] = Counts(counts)
-        output = StepOutput(reconstruction, metrics, mean=diversity)
-        metrics["loss"] = Ratio(output.total(batch).detach(), units)
-        return output
+        return StepOutput(reconstruction, metrics, mean=diversity)
 
     def training_flops(self, samples: int) -> float:
         """Encoder, and quantizer and reconstruction at the hidden frames."""

@@ -245,7 +245,6 @@ class DiscreteBertMethod(Method):
             loss, correct = prediction_loss(logits.float(), targets)
         chosen = batch.sample_size
         metrics: dict[str, Ratio | Counts] = {
-            "loss": Ratio(loss.detach(), chosen),
             "perplexity_bits": Ratio(loss.detach() / math.log(2), chosen),
             "accuracy_masked": Ratio(correct.float(), chosen),
             "masked_share": Ratio(torch.full((), float(chosen), device=loss.device), extras["counts"].sum()),

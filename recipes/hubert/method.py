@@ -177,7 +177,6 @@ class HubertMethod(Method):
         output = StepOutput(loss, metrics, mean=penalty)
         scored = extras["masked_positions"].numel()
         metrics |= more
-        metrics["loss"] = Ratio(output.total(batch).detach(), batch.sample_size)
         metrics["loss_masked"] = Ratio(masked.detach(), scored)
         metrics["loss_unmasked"] = Ratio(unmasked.detach(), scored)
         metrics["loss_features"] = Ratio.of_mean(penalty, batch.sample_size)

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from learning import assert_learned
-from recipe_checks import method_state, train_recipe
+from recipe_checks import (
+    loss_per_unit,
+    method_state,
+    train_recipe,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -134,7 +138,7 @@ def test_loss_terms_and_accuracy(official: Official, output: StepOutput) -> None
     scalars, sets = official.scalars, range(official.label_sets)
     assert output.total(official.batch).item() == pytest.approx(scalars["loss_sum"], rel=1e-5)
     units, masked = scalars["sample_size"], scalars["count_m_0"]
-    assert metric(output, "loss") == pytest.approx(scalars["loss_per_sample"], rel=1e-5)
+    assert loss_per_unit(output, official.batch) == pytest.approx(scalars["loss_per_sample"], rel=1e-5)
     assert metric(output, "loss_features") == pytest.approx(scalars["loss_features_pen"] / units, rel=1e-5)
     assert metric(output, "loss_masked") == pytest.approx(sum(scalars[f"loss_m_{i}"] for i in sets) / masked, rel=1e-5)
     unmasked = sum(scalars[f"loss_u_{i}"] for i in sets) / masked

@@ -139,7 +139,7 @@ class MockingjayMethod(Method):
         truth = frames_at(targets, positions)
         elements = scored_elements(batch.extras, self.target_dim) if self._scores_bands else None
         loss = l1_sum(predictions, truth, elements)
-        metrics = {name: Ratio(loss.detach(), batch.sample_size) for name in ("loss", "error")}
+        metrics = {"error": Ratio(loss.detach(), batch.sample_size)}
         with torch.no_grad():
             mean = l1_sum(torch.zeros_like(truth), truth, elements)
             metrics["error_of_mean"] = Ratio(mean, batch.sample_size)

@@ -15,6 +15,7 @@ from recipe_checks import (
     count,
     group,
     load_fixture,
+    loss_per_unit,
     method_state,
     on_meta,
     train_recipe,
@@ -96,7 +97,7 @@ def output(official: Official) -> StepOutput:
 
 def test_the_loss_is_s3prls(official: Official, output: StepOutput) -> None:
     assert official.batch().sample_size == official.scalars["masked_elements"]
-    assert value(output, "loss") == pytest.approx(official.scalars["loss"], rel=1e-5)
+    assert loss_per_unit(output, official.batch()) == pytest.approx(official.scalars["loss"], rel=1e-5)
     label = official.tensors["in.mask_label"].bool()
     assert value(output, "error_of_mean") == pytest.approx(
         official.tensors["in.spec_target"][label].abs().mean().item(), rel=1e-5
@@ -202,7 +203,7 @@ def test_a_step_scores_what_was_altered_and_padding_never(axes: str) -> None:
     positions = batch.extras["scored_positions"]
     assert positions.max() < frames + real
     assert 0 < batch.sample_size <= (frames + real) * method.target_dim
-    assert value(output, "loss") == pytest.approx(output.loss.item() / batch.sample_size)
+    assert value(output, "error") == pytest.approx(loss_per_unit(output, batch))
     if axes == "all":
         parts = output.metrics["error_frames"].total + output.metrics["error_bands"].total
         assert parts.item() == pytest.approx(output.loss.item(), rel=1e-5)

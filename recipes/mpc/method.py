@@ -129,7 +129,6 @@ class MpcMethod(Method):
         return StepOutput(
             loss,
             {
-                "loss": Ratio(loss.detach(), batch.sample_size),
                 "error": Ratio(loss.detach(), elements),
                 "error_of_copy": Ratio(l1_sum(copied, truth), elements),
                 # Features have zero mean per utterance, so the mean predictor says zero.

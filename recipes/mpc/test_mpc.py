@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import (
+    build,
+    collate,
+    count,
+    loss_per_unit,
+    on_meta,
+    perturb,
+    train_recipe,
+    two_waveforms,
+    value,
+)
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError
@@ -77,7 +87,7 @@ def test_hidden_states_and_loss_are_the_formulas_on_a_padded_batch() -> None:
     output = method(batch)
     assert batch.sample_size == 42 + 24
     assert output.loss.item() == pytest.approx(total.item(), rel=1e-5)
-    assert value(output, "loss") == pytest.approx(total.item() / 66, rel=1e-5)
+    assert loss_per_unit(output, batch) == pytest.approx(total.item() / 66, rel=1e-5)
     assert value(output, "error") == pytest.approx(total.item() / scored, rel=1e-5)
     assert value(output, "error_of_mean") == pytest.approx(mean.item() / scored, rel=1e-5)
     names = ["final_layer.weight", "encoder.subsampling.conv1.weight", "encoder.layers.1.fc1.weight"]

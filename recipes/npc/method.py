@@ -81,7 +81,6 @@ class NpcMethod(Method):
         elements = None if valid is None else valid.unsqueeze(2)
         loss = l1_sum(prediction.frames, features, elements) / dim
         metrics: dict[str, Ratio | Counts] = {
-            "loss": Ratio(loss.detach(), units),
             "error": Ratio(loss.detach(), units),
             # Features have zero mean per utterance, so the mean predictor says zero.
             "error_of_mean": Ratio(l1_sum(features.new_zeros(()), features, elements) / dim, units),

@@ -179,9 +179,7 @@ class UniSpeechMethod(QuantizedTargetsMethod):
             ctc, more = self._read_aloud(states, batch)
             loss = loss + weight * ctc
             metrics |= more
-        output = StepOutput(loss, metrics, mean=(1 - weight) * self.config.diversity_weight * diversity)
-        metrics["loss"] = Ratio(output.total(batch).detach(), units)
-        return output
+        return StepOutput(loss, metrics, mean=(1 - weight) * self.config.diversity_weight * diversity)
 
     def states(self, batch: Batch) -> States:
         """Encode a batch and quantize its features twice: the masked frames, then all, each with noise of its own."""

@@ -216,7 +216,6 @@ class Wav2VecMethod(Method):
             metrics[f"loss_{name}"] = Ratio(mean.detach(), 1.0)
         mean_loss = cast(Tensor, sum(targets.losses.values())) if targets.losses else None
         output = StepOutput(prediction, metrics, mean=mean_loss)
-        metrics["loss"] = Ratio(output.total(batch).detach(), batch.sample_size)
         metrics["loss_prediction"] = Ratio(prediction.detach(), batch.sample_size)
         metrics["accuracy"] = Ratio(hits, batch.sample_size)
         return output

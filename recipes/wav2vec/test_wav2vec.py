@@ -13,7 +13,17 @@ import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
 import torch.nn.functional as F
 from learning import assert_learned
-from recipe_checks import build, collate, count, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import (
+    build,
+    collate,
+    count,
+    loss_per_unit,
+    on_meta,
+    perturb,
+    train_recipe,
+    two_waveforms,
+    value,
+)
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -151,7 +161,9 @@ def test_the_diversity_loss_is_the_official_extra_loss() -> None:
     extra = theirs.get_extra_losses(theirs(batch.waveforms))
     output = method(batch)
     assert value(output, "loss_diversity") == pytest.approx(0.3 * extra.item(), rel=1e-4)
-    assert value(output, "loss") == pytest.approx(value(output, "loss_prediction") + 0.3 * extra.item(), rel=1e-4)
+    assert loss_per_unit(output, batch) == pytest.approx(
+        value(output, "loss_prediction") + 0.3 * extra.item(), rel=1e-4
+    )
     output.total(batch).backward()
     assert method.encoder.vector_quantizer.weight_proj[0][0].weight.grad.any()
 

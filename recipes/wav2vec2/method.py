@@ -104,9 +104,7 @@ class Wav2Vec2Method(QuantizedTargetsMethod):
         }
         for group, counts in enumerate(quantized.counts):
             metrics[f"codes_{group}"] = Counts(counts)
-        output = StepOutput(contrastive, metrics, mean=diversity + penalty)
-        metrics["loss"] = Ratio(output.total(batch).detach(), units)
-        return output
+        return StepOutput(contrastive, metrics, mean=diversity + penalty)
 
     def predict(self, batch: Batch) -> tuple[ConvOutput, Tensor]:
         """The features of a batch, and what the encoder predicts at its masked frames: (B, K, P)."""

@@ -18,6 +18,7 @@ from recipe_checks import (
     count,
     group,
     load_fixture,
+    loss_per_unit,
     method_state,
     on_meta,
     perturb,
@@ -128,7 +129,7 @@ def test_loss_terms_and_accuracy(official: Official) -> None:
     units = scalars["sample_size"]
     assert official.batch.sample_size == units
     assert output.total(official.batch).item() == pytest.approx(scalars["loss_sum"], rel=1e-5)
-    terms = {"loss_contrastive": "loss_0", "loss_diversity": "loss_1", "loss_features": "loss_2", "loss": "loss"}
+    terms = {"loss_contrastive": "loss_0", "loss_diversity": "loss_1", "loss_features": "loss_2"}
     for ours, peer in terms.items():
         assert value(output, ours) == pytest.approx(scalars[peer] / units, rel=1e-5), ours
     assert value(output, "accuracy") == pytest.approx(scalars["correct"] / scalars["count"], rel=1e-6)
@@ -325,7 +326,8 @@ def test_a_batch_twice_costs_as_much_per_frame() -> None:
     with torch.no_grad():
         first, second = method(once), method(twice)
     assert twice.sample_size == 2 * once.sample_size
-    for name in ("loss", "loss_contrastive", "loss_diversity", "loss_features"):
+    assert loss_per_unit(first, once) == pytest.approx(loss_per_unit(second, twice), rel=1e-5)
+    for name in ("loss_contrastive", "loss_diversity", "loss_features"):
         assert value(first, name) == pytest.approx(value(second, name), rel=1e-5), name
 
 
