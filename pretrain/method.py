@@ -5,6 +5,7 @@ Shapes: B batch, T samples, F frames, D width, L layers. Times are samples at 16
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -201,6 +202,8 @@ class StepOutput(NamedTuple):
         total = self.loss
         if self.mean is not None:
             total = total + self.mean * batch.sample_size
+        if unknown := self.other_losses.keys() - batch.other_sizes.keys():
+            raise TypeError(f"other_losses: the units of {sorted(unknown)} are missing in the collator's other_sizes")
         for name, loss in self.other_losses.items():
             ratio = batch.sample_size / max(1, batch.other_sizes[name]) if ratios is None else ratios[name]
             total = total + loss * ratio
@@ -312,6 +315,9 @@ class Encoder(nn.Module):
     def compile_layers(self) -> None:
         """Compile the layers of the network that repeat; encoders that gain nothing leave this as it is."""
 
+    def draw_layerdrop(self, rng: np.random.Generator) -> None:
+        """Draw which layers the next forwards in training skip; encoders that skip none leave this as it is."""
+
     def checkpoint_activations(self) -> None:
         """Switch activation checkpointing on: training keeps the inputs of layers, and backward runs them again.
 
@@ -323,8 +329,11 @@ class Encoder(nn.Module):
         )
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A pre-training objective around an encoder.
+
+    A method defines `Config` (a dataclass whose first field is `name`), makes `encoder` in its constructor, and defines
+    `collator`, `forward` and `training_flops`; the rest has a meaning only for those that need it.
 
     What it keeps between steps (teacher, codebook, running statistics) is a parameter or a buffer, so that saving and
     resuming need no code of the method's own.
@@ -352,20 +361,28 @@ class Method(nn.Module):
         return config
 
     def begin(self, found: dict[str, TargetInfo]) -> None:
-        """Take what else travels with the targets, such as the weights of the network that made the labels.
+        """Start what follows from the targets and the encoder: load the network that made the labels, put a teacher
+        where its student is.
 
-        Called where a run starts, after `init_from`; a run that resumes has it in its checkpoint.
+        Called where a run starts, after `init_from`; what `init_head=keep` loads, such as a teacher, has the last word.
+        A run that resumes has all of it in its checkpoint.
         """
 
     @classmethod
+    @abstractmethod
     def collator(cls, config: Any) -> Collator:
-        raise NotImplementedError
+        """What turns examples into batches for this configuration."""
 
+    @abstractmethod
     def forward(self, batch: Batch) -> StepOutput:
-        raise NotImplementedError
+        """The loss of one micro-batch."""
 
     def before_step(self, progress: Progress) -> None:
-        """Temperature, freezing, layers to drop: once per update, before the first micro-batch; update = n."""
+        """Layers to drop, temperature, freezing: once per update, before the first micro-batch; update = n.
+
+        A method that has more to do calls this one too.
+        """
+        self.encoder.draw_layerdrop(progress.rng())
 
     def after_step(self, progress: Progress) -> None:
         """Teachers, codebooks: once per applied update; update = n + 1."""
@@ -379,9 +396,9 @@ class Method(nn.Module):
         """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    @abstractmethod
     def training_flops(self, samples: int) -> float:
-        """Floating-point operations of one training step on one waveform of `samples`."""
-        raise NotImplementedError
+        """Floating-point operations of one training step on one waveform of `samples`, those of teachers included."""
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """Matplotlib figures for TensorBoard at validation, by tag; none unless a method draws some."""

@@ -26,8 +26,16 @@ def load_method(name: str) -> ModuleType:
     """Import the package of one method; it has the attributes `Method` and `Encoder`.
 
     Raises UserError, with the nearest names, for a name that is neither a folder under recipes/ nor an installed
-    entry point of the group `headwater.methods`.
+    entry point of the group `headwater.methods`, and for a package that lacks one of the two attributes.
     """
+    package = _package(name)
+    for attribute in ("Method", "Encoder"):
+        if not hasattr(package, attribute):
+            raise UserError(f"{package.__file__}: names no {attribute}; import the method's class there as {attribute}")
+    return package
+
+
+def _package(name: str) -> ModuleType:
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) and (RECIPES_DIR / name / "__init__.py").is_file():
         return importlib.import_module(f"recipes.{name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):

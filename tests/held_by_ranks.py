@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small_method import OPTIMIZER, SmallConfig
+from small_method import OPTIMIZER, SmallConfig, StepsOnly
 from torch import nn
 
-from pretrain.method import Batch, Method, StepOutput
+from pretrain.method import Batch, StepOutput
 from pretrain.planning.footprint import LiveBytes
 from pretrain.training.engine import Engine
 from pretrain.world import World, join_world
@@ -26,7 +26,7 @@ BUCKET = WIDTH * WIDTH  # elements, about one layer
 STAGES = (0, 1, 2, 3)
 
 
-class Layers(Method):
+class Layers(StepsOnly):
     """Equal layers on next to no data, so that weights and what belongs to them are nearly all that is held."""
 
     Config = SmallConfig

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig
-from pretrain.method import Batch, Method, StepOutput
+from pretrain.method import Batch, Collator, Method, StepOutput
 from pretrain.training.engine import Engine
 from pretrain.world import World
 
@@ -33,7 +33,18 @@ class SmallConfig:
     name: str = "small"
 
 
-class SmallMethod(Method):
+class StepsOnly(Method):
+    """A method for tests of single steps, which reads no data and counts no work."""
+
+    @classmethod
+    def collator(cls, config: Any) -> Collator:
+        raise AssertionError("these tests make their batches themselves")
+
+    def training_flops(self, samples: int) -> float:
+        return 0.0
+
+
+class SmallMethod(StepsOnly):
     """Regression by two layers, in sizes that two ranks cannot share.
 
     Beside them a buffer, a layer that is skipped now and then, and a parameter that never gets a gradient. Biases and

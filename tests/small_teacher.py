@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from small_method import MICRO_BATCHES, OPTIMIZER, ROWS, SmallConfig, micro_batch, rate
+from small_method import MICRO_BATCHES, OPTIMIZER, ROWS, SmallConfig, StepsOnly, micro_batch, rate
 from torch import Tensor, nn
 
-from pretrain.method import Batch, Method, Progress, StepOutput
+from pretrain.method import Batch, Progress, StepOutput
 from pretrain.models.batch_norm import BatchNorm, update_running_statistics
 from pretrain.models.teacher import Teacher, linear_ramp
 from pretrain.training.engine import Engine
@@ -27,7 +27,7 @@ def decay(update: int) -> float:
     return linear_ramp(update - 1, 0.5, 0.9, 2)
 
 
-class TaughtMethod(Method):
+class TaughtMethod(StepsOnly):
     """A student and its teacher behind layers that both use, in sizes that two ranks cannot share.
 
     What the teacher gets has a gradient, which must stop there. The encoder has running statistics. Biases before them

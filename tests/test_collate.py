@@ -1,4 +1,4 @@
-"""Labels on the frames of a crop: reference sheet 1.4, for every length and start on the grid."""
+"""Labels on the frames of a crop, by fairseq's rule, for every length and start on the grid."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from small_method import (
     UPDATES,
     SmallConfig,
     SmallMethod,
+    StepsOnly,
     engine_of,
     plain,
     plain_torch,
@@ -27,7 +28,7 @@ from small_method import (
 from two_ranks import CHANGES, STAGES, conformer_run, continued, load, save
 
 from pretrain.config import ConfigError, OptimizerConfig
-from pretrain.method import Batch, Method, StepOutput
+from pretrain.method import Batch, StepOutput
 from pretrain.training.adam import SkippableAdam
 from pretrain.training.engine import Engine
 from pretrain.world import World
@@ -169,7 +170,7 @@ def test_what_the_recipe_decides_is_refused_in_deepspeeds_block(world: World, fi
         Engine(SmallMethod(), OPTIMIZER, {"zero_optimization": {"stage": 1}, field: 1}, "fp32", world.device)
 
 
-class Given(Method):
+class Given(StepsOnly):
     """Parameters whose gradients are handed in through the batch."""
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:

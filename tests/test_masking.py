@@ -1,4 +1,4 @@
-"""Span masks: the statistics of fairseq's sampling (reference sheet 1.3) and of transformers' own function."""
+"""Span masks: the statistics of fairseq's sampling and of transformers' own function."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from pretrain.planning.recipe_table import recipes_page, with_short_table
 
 def main() -> None:
     page, readme = ROOT / "recipes" / "README.md", ROOT / "README.md"
-    page.write_text(recipes_page(), encoding="utf-8")
-    readme.write_text(with_short_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    texts = {page: recipes_page(), readme: with_short_table(readme.read_text(encoding="utf-8"))}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     print(f"wrote {page.relative_to(ROOT)} and the table in {readme.relative_to(ROOT)}")
 
 

@@ -5,7 +5,7 @@ student as a moving average (data2vec, BYOL) is made, started and moved like thi
 
     self.teacher = Teacher.copy_of(self.encoder)         # in __init__; any part of the encoder will do
     self.teacher.update(self.encoder, decay=0.0)         # in begin, since `init_from` comes after __init__
-    targets, _ = self.teacher(batch.waveforms, lengths)  # in forward
+    hidden_states, _ = self.teacher(batch.waveforms, batch.lengths_if_padded)  # in forward
     decay = linear_ramp(progress.update, 0.999, 0.9999, 30_000)
     self.teacher.update(self.encoder, decay)             # in after_step
 

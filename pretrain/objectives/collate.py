@@ -25,13 +25,23 @@ class Stacked(NamedTuple):
     rows: Tensor
     padded: bool
 
-    def batch(self, sample_size: int, extras: Mapping[str, np.ndarray | Tensor] | None = None) -> Batch:
-        """The batch whose loss is a sum over `sample_size` units; arrays in `extras` become tensors."""
+    def batch(
+        self,
+        sample_size: int,
+        extras: Mapping[str, np.ndarray | Tensor] | None = None,
+        other_sizes: dict[str, int] | None = None,
+    ) -> Batch:
+        """The batch whose loss is a sum over `sample_size` units; arrays in `extras` become tensors.
+
+        `other_sizes` are the units of `StepOutput.other_losses`, by name.
+        """
         tensors = {
             name: value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
             for name, value in (extras or {}).items()
         }
-        return Batch(self.waveforms, self.lengths, sample_size, self.rows, self.padded, tensors)
+        return Batch(
+            self.waveforms, self.lengths, sample_size, self.rows, self.padded, tensors, other_sizes=other_sizes or {}
+        )
 
 
 def stack_waveforms(examples: list[Example]) -> Stacked:

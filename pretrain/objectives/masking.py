@@ -1,6 +1,6 @@
 """Masks over frames, drawn on the host from an example's own generator.
 
-Source: `compute_mask_indices` of `fairseq/data/data_utils.py` (static spans); reference sheet section 1.3.
+Source: `compute_mask_indices` of `fairseq/data/data_utils.py` (static spans).
 """
 
 from __future__ import annotations

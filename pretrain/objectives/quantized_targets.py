@@ -105,6 +105,6 @@ class QuantizedTargetsMethod(Method):
         self.quantizer.temperature = config.latent_temp[0]
 
     def before_step(self, progress: Progress) -> None:
-        """Set the temperature and draw the layers that this update skips."""
+        """Set the temperature of this update, beside what every method does."""
+        super().before_step(progress)
         self.quantizer.temperature = temperature_at(progress.update, *self.config.latent_temp)
-        self.encoder.draw_layerdrop(progress.rng())

@@ -94,7 +94,7 @@ def _head_comment(path: Path) -> str:
 
 def _about(comment: str) -> str:
     """The first clause."""
-    return re.split(r"[.:] ", f"{comment} ")[0]
+    return re.split(r"[.:] ", f"{comment} ")[0].strip()
 
 
 def _source(comment: str) -> str:
@@ -127,6 +127,8 @@ def _methods() -> list[list[str]]:
     rows = []
     for method in sorted(names):
         readme = RECIPES_DIR / method / "README.md"
+        if not readme.is_file():
+            raise ConfigError(f"{readme}: is missing; write it, with the method's name for the table in its first line")
         title = readme.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         rows.append([f"[{title}](recipes/{method}/README.md)", ", ".join(names[method])])
     return rows

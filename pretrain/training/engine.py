@@ -71,7 +71,11 @@ class Engine:
 
     def forward(self, batch: Batch) -> StepOutput:
         """The method's forward, with DeepSpeed's hooks around it."""
-        return self._engine(batch)
+        output = self._engine(batch)
+        if not isinstance(output, StepOutput) or output.loss.dim() > 0:
+            name = type(self.method).__name__
+            raise TypeError(f"{name}.forward: returned {output!r}; return a StepOutput whose loss is one number")
+        return output
 
     def figures(self, batch: Batch) -> dict[str, Any]:
         """The method's pictures of one batch; a collective call, since ZeRO 3 has to gather the weights."""

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.method import Metric, Predictions, Ratio, Role
+from pretrain.method import Counts, Metric, Predictions, Ratio, Role
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
@@ -50,6 +50,8 @@ class Accumulator:
                     on_host = value.predictions.detach().float().cpu(), value.targets.detach().cpu()
                     self._predictions.setdefault(name, []).append(Predictions(*on_host, value.score))
                 continue
+            if not isinstance(value, Ratio | Counts) or not isinstance(value[0], Tensor):
+                raise TypeError(f"metric {name}: give a Ratio, Counts or Predictions of tensors, not {value!r}")
             self._kinds[name] = type(value)
             if isinstance(value, Ratio):
                 if value.role is not None:

@@ -28,6 +28,11 @@ from pretrain.training.run_log import Run, RunLog
 from pretrain.training.validation import Validation
 from pretrain.weights.export import ExportConfig, export
 
+NOT_FINITE, NOTHING_TO_SCORE = "gradient not finite", "nothing to score"
+ADVICE = {
+    NOT_FINITE: "lower optimizer.lr, or use precision=fp32",
+    NOTHING_TO_SCORE: "the collator's batches have sample_size 0: look at crop, at the targets and at what is masked",
+}
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after a checkpoint; the same command goes on
 
 
@@ -144,7 +149,7 @@ class Trainer:
             engine.method.after_step(self._progress())
             self.metrics.commit()
         else:
-            self._refused(current)
+            self._refused(current, NOTHING_TO_SCORE if agreed.nothing_to_score else NOT_FINITE)
         stop, save, bad_rows, rows = agreed.flags.tolist()
         self.log.check_bad_share(int(bad_rows), int(rows))
         return upcoming, stop > 0, save > 0
@@ -186,21 +191,21 @@ class Trainer:
         self.throughput.add(len(batch.rows) * samples / SAMPLE_RATE * self.world.size, flops * self.world.size)
         self.log.micro_batch_done()
 
-    def _refused(self, current: list[Batch]) -> None:
+    def _refused(self, current: list[Batch], reason: str) -> None:
         """An update without a finite gradient, or without anything to learn from: its data are passed over."""
         self.metrics.roll_back()
         self.state.failed_steps += 1
         paths = [self.reader.manifest.path(int(row)) for batch in current for row in batch.rows]
         self.log.say(
-            f"step {self.state.step}: gradient not finite or nothing to score; weights unchanged "
+            f"step {self.state.step}: {reason}; weights unchanged "
             f"({self.state.failed_steps} in a row); first files: {', '.join(paths[:3])}"
         )
         if self.state.failed_steps >= self.config.trainer.max_failed_steps:
             listing = self.config.run_dir / f"failed_rank{self.world.rank}.txt"
             listing.write_text("\n".join(paths) + "\n", encoding="utf-8", errors="surrogateescape")
             raise HopelessRun(
-                f"{self.config.run_dir}: {self.state.failed_steps} updates in a row without a finite gradient; the "
-                f"files of the last one are in {listing}; lower optimizer.lr, or use precision=fp32"
+                f"{self.config.run_dir}: {self.state.failed_steps} updates in a row were refused ({reason}); the files "
+                f"of the last one are in {listing}; {ADVICE[reason]}"
             )
 
     def _report(self) -> None:

@@ -135,9 +135,9 @@ class Decoar2Method(Method):
         )
 
     def before_step(self, progress: Progress) -> None:
-        """Set the temperature and draw the layers that this update skips."""
+        """Set the temperature of this update, beside what every method does."""
+        super().before_step(progress)
         self.quantizer.temperature = temperature_at(progress.update, *self.config.latent_temp)
-        self.encoder.draw_layerdrop(progress.rng())
 
     def hide(self, features: Tensor, mask: Tensor) -> Tensor:
         """(B, F, dim) features with the mask vector in place of the frames where `mask` (B, F) is True."""

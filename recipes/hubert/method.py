@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
-from pretrain.method import Batch, Counts, Example, Method, Progress, Ratio, StepOutput, TargetInfo, TargetSpec
+from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
 from pretrain.models.conv_features import frames as count_frames
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
@@ -158,10 +158,6 @@ class HubertMethod(Method):
             scores_unmasked=config.pred_nomask_weight > 0,
         )
 
-    def before_step(self, progress: Progress) -> None:
-        """Draw the layers that this update skips."""
-        self.encoder.draw_layerdrop(progress.rng())
-
     def forward(self, batch: Batch) -> StepOutput:
         """Loss terms in nats: `loss_masked`, `loss_unmasked` per masked frame, as fairseq divides them."""
         extras = batch.extras
@@ -210,7 +206,7 @@ class HubertMethod(Method):
         return total, metrics
 
     def training_flops(self, samples: int) -> float:
-        """Encoder plus heads at the masked half of the frames; reference sheet `field.md`, part b."""
+        """Encoder plus heads at the masked half of the frames."""
         stride = stride_samples(self.config.encoder.conv_feature_layers)
         scored = self.config.mask_prob * samples / stride
         width = self.config.encoder.encoder_embed_dim

@@ -1,4 +1,4 @@
-"""Alterations: the statistics of s3prl's policies (reference sheet 2.2), and what they do to features."""
+"""Alterations: the statistics of s3prl's policies, and what they do to features."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def runs(mask: np.ndarray) -> list[tuple[int, int]]:
     return [(int(start), int(end - start)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-# Shares of s3prl's own function with overlapping spans [run]: reference sheet 2.2.
+# Shares that s3prl's own function gave with overlapping spans, when it was run.
 @pytest.mark.parametrize(("frames", "share"), [(100, 0.136), (500, 0.145), (1000, 0.138), (1501, 0.140)])
 def test_the_share_of_chosen_frames_is_s3prls(frames: int, share: float) -> None:
     shares = [row.mask.mean() for row in draws(TIME, 2000, frames)]

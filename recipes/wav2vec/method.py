@@ -196,7 +196,8 @@ class Wav2VecMethod(Method):
         )
 
     def before_step(self, progress: Progress) -> None:
-        """Set the temperature of this update."""
+        """Set the temperature of this update, beside what every method does."""
+        super().before_step(progress)
         training = self.config.quantizer_training
         if isinstance(training, GumbelTrainingConfig):
             quantizer = self.encoder.vector_quantizer
