@@ -209,13 +209,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fit(data: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Trainer]]:
-    """Runs `TaughtHubert` in this process, in output folder `name` until `updates`."""
+    """Runs `TaughtHubert` in this process, in output folder `name` until `updates`; 0 only builds the run."""
     monkeypatch.setattr("pretrain.training.setup.load_method", lambda _: SimpleNamespace(Method=TaughtHubert))
     with ExitStack() as resources:
 
-        def run(name: str, updates: int, frozen: TeacherConfig) -> Trainer:
+        def run(name: str, updates: int, frozen: TeacherConfig, *more: str) -> Trainer:
             places = [f"data.dir={data / 'data'}", f"data.labels={data / 'labels'}", f"output_dir={tmp_path}"]
-            settings = [f"name={name}", f"trainer.stop_after_updates={updates}", "trainer.save_every=1"]
+            settings = [f"name={name}", f"trainer.stop_after_updates={updates or 1}", "trainer.save_every=1", *more]
             recipe, *small = SMALL
             options = [*small, *places, *settings, "data.workers=0"]
             values = compose_recipe(recipe.removeprefix("recipe="), options)
@@ -225,7 +225,7 @@ def fit(data: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatc
                 "weights": frozen.weights,
             }
             trainer = build_trainer(run_config(values), resources)
-            assert trainer.fit() == 0
+            assert not updates or trainer.fit() == 0
             return trainer
 
         yield run
@@ -241,6 +241,7 @@ def test_a_run_with_teachers_resumes_without_their_files_and_exports_without_the
     frozen = TeacherConfig("hubert", {}, str(tmp_path / "teacher"))
     fit("unbroken", 2, frozen)
     fit("broken", 1, frozen)
+    weights_of_teacher = (tmp_path / "teacher" / "encoder.safetensors").read_bytes()
     (tmp_path / "teacher" / "encoder.safetensors").unlink()
     trainer = fit("broken", 2, frozen)
     assert any("resuming from" in note for note in trainer.run.notes)
@@ -249,6 +250,17 @@ def test_a_run_with_teachers_resumes_without_their_files_and_exports_without_the
         unbroken, broken = (load_file(run / name) for run in runs)
         assert unbroken.keys() == broken.keys()
         assert [key for key in unbroken if not torch.equal(unbroken[key], broken[key])] == []
+
+    # Another run starts from its weights: a teacher that is kept is the trained one, else it starts at the student.
+    (tmp_path / "teacher" / "encoder.safetensors").write_bytes(weights_of_teacher)
+    trained = load_file(runs[0] / "model.safetensors")
+    for head in ("keep", "reset"):
+        start = fit(
+            head, 0, frozen, f"init_from={tmp_path / 'unbroken'}", f"init_head={head}"
+        ).engine.method.state_dict()
+        source_of_average = "average." if head == "keep" else "encoder."
+        for name in [key.removeprefix("average.") for key in start if key.startswith("average.")]:
+            assert torch.equal(start[f"average.{name}"], trained[source_of_average + name]), (head, name)
 
     saved = [load_file(tmp_path / "unbroken" / "checkpoints" / f"step_{n:08d}" / "model.safetensors") for n in (1, 2)]
     encoders = [{key.removeprefix("encoder."): v for key, v in s.items() if key.startswith("encoder.")} for s in saved]
