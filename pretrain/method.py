@@ -114,19 +114,22 @@ class CollatorDefaults:
     crops_per_example = 1
 
 
-# What the health monitor must know of a metric: the variance of a teacher's targets, or of the network's own features.
-Role = Literal["target_variance", "feature_variance"]
+# What the health monitor must know of a metric: the variance of a teacher's targets, of the network's own features, or
+# of what it predicts.
+Role = Literal["target_variance", "feature_variance", "prediction_variance"]
 
 
 class Ratio(NamedTuple):
     """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something.
 
-    `role` says what it means to the health monitor, where it has a meaning beyond its name.
+    `role` says what it means to the health monitor, where it has a meaning beyond its name, and `minimum` below which
+    value the run is ill, where a method knows it better than the monitor.
     """
 
     total: Tensor
     weight: Tensor | float
     role: Role | None = None
+    minimum: float | None = None
 
     @classmethod
     def of_mean(cls, mean: Tensor, weight: float) -> Ratio:
@@ -135,7 +138,7 @@ class Ratio(NamedTuple):
 
     def nothing(self) -> Ratio:
         """The same metric of no units at all, for a rank that has no batch of its own."""
-        return Ratio(torch.zeros_like(self.total), 0.0, self.role)
+        return self._replace(total=torch.zeros_like(self.total), weight=0.0)
 
 
 class Counts(NamedTuple):
