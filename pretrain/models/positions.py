@@ -71,7 +71,7 @@ class StackedConvPositions(nn.Module):
 
 
 def position_kernel(conv_pos: int, depth: int) -> int:
-    """Frames that each of `depth` positional convolutions sees: `conv_pos` shared out, but 3 at least, as in fairseq."""
+    """Frames that each of `depth` positional convolutions sees: `conv_pos` shared out, 3 at least, as in fairseq."""
     return conv_pos if depth == 1 else max(3, conv_pos // depth)
 
 

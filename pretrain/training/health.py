@@ -23,7 +23,7 @@ COLLAPSED_VARIANCE = 1e-4
 # Metrics of these roles fall to zero when every frame becomes alike; the sentence says what to change.
 COLLAPSES: dict[Role, str] = {
     "target_variance": "the teacher's targets have collapsed; lower optimizer.lr or raise the EMA decay",
-    "prediction_variance": "the network predicts nearly the same for every frame; lower optimizer.lr, or enlarge the batch",
+    "prediction_variance": "the network predicts the same for all frames; lower optimizer.lr, or enlarge the batch",
     "feature_variance": "the network gives every frame the same features; lower optimizer.lr, or enlarge the batch",
 }
 # Entries per group in use, below which a codebook is one vector; healthy runs dip to 5 or 10 at first.
@@ -61,9 +61,7 @@ class HealthMonitor:
                 raise HopelessRun(f"update {update}: {sentence}")
         return [*fatal.values(), *warnings]
 
-    def _fatal(
-        self, values: dict[str, float], roles: dict[str, Role], minima: dict[str, float]
-    ) -> dict[str, str]:
+    def _fatal(self, values: dict[str, float], roles: dict[str, Role], minima: dict[str, float]) -> dict[str, str]:
         signs = {}
         for name, value in values.items():
             if name.endswith("labels_perplexity") and value < COLLAPSED_PERPLEXITY:
