@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class ContextNetwork(nn.Module):
         """
         x, inputs = self._layer_inputs(x, frame_lengths)
         for layer in self.layers:
-            x, feed_forward = layer.with_feed_forward(x, *inputs)
+            x, feed_forward = cast(TransformerLayer, layer).with_feed_forward(x, *inputs)
             yield feed_forward
 
     def _layer_inputs(self, x: Tensor, frame_lengths: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:

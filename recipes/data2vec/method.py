@@ -7,8 +7,9 @@ Source: arXiv 2202.03555, sections 3 and 4.2; `examples/data2vec/models/data2vec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from pretrain.config import ConfigError
 from pretrain.losses.regression import mean_deviation, regression_sum
 from pretrain.method import Batch, Example, Method, Progress, Ratio, Role, StepOutput, TargetInfo
+from pretrain.models.context import ContextNetwork
 from pretrain.models.conv_features import stride_samples
 from pretrain.models.kernels import Linear
 from pretrain.models.speech_encoder import ConvOutput, SpeechEncoder, SpeechEncoderConfig
@@ -162,10 +164,11 @@ class Data2VecMethod(Method):
         The outputs of the teacher's top K feed-forwards, each with zero mean and unit variance over the frames of its
         row, channel by channel, averaged. As in the official code the frames behind the end of a padded row count.
         """
-        config = self.config
-        outputs = self.teacher.network.feed_forwards(features.projected, features.frame_lengths)
+        config, network = self.config, cast(ContextNetwork, self.teacher.network)
+        outputs = network.feed_forwards(features.projected, features.frame_lengths)
         top = islice(outputs, config.encoder.encoder_layers - config.average_top_k_layers, None)
-        total = sum(F.instance_norm(output.float().transpose(1, 2)) for output in top)
+        # One by one, so that no more than two of them are held.
+        total = reduce(torch.add, (F.instance_norm(output.float().transpose(1, 2)) for output in top))
         return (total / config.average_top_k_layers).transpose(1, 2)
 
     def _variance(self, vectors: Tensor, role: Role, minimum: float) -> Ratio:
