@@ -115,19 +115,22 @@ class CollatorDefaults:
     crops_per_example = 1
 
 
-# What the health monitor must know of a metric: the variance of a teacher's targets, or of the network's own features.
-Role = Literal["target_variance", "feature_variance"]
+# What the health monitor must know of a metric: the variance of a teacher's targets, of the network's own features, or
+# of what it predicts.
+Role = Literal["target_variance", "feature_variance", "prediction_variance"]
 
 
 class Ratio(NamedTuple):
     """A metric that is reduced as sum(total) / sum(weight): a mean, an accuracy, a sum per something.
 
-    `role` says what it means to the health monitor, where it has a meaning beyond its name.
+    `role` says what it means to the health monitor, where it has a meaning beyond its name, and `minimum` below which
+    value the run is ill, where a method knows it better than the monitor.
     """
 
     total: Tensor
     weight: Tensor | float
     role: Role | None = None
+    minimum: float | None = None
 
     @classmethod
     def of_mean(cls, mean: Tensor, weight: float) -> Ratio:
@@ -136,7 +139,7 @@ class Ratio(NamedTuple):
 
     def nothing(self) -> Ratio:
         """The same metric of no units at all, for a rank that has no batch of its own."""
-        return Ratio(torch.zeros_like(self.total), 0.0, self.role)
+        return self._replace(total=torch.zeros_like(self.total), weight=0.0)
 
 
 class Counts(NamedTuple):
@@ -364,8 +367,8 @@ class Method(nn.Module, ABC):
         """Start what follows from the targets and the encoder: load the network that made the labels, put a teacher
         where its student is.
 
-        Called where a run starts, after `init_from`; what `init_head=keep` loads, such as a teacher, has the last word.
-        A run that resumes has all of it in its checkpoint.
+        Called where a run starts, after `init_from`; a teacher that `init_head=keep` has loaded stays as it is
+        (`Teacher.start_at`). A run that resumes has all of it in its checkpoint.
         """
 
     @classmethod

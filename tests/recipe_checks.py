@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.config import compose_recipe, run_config, typed
-from pretrain.method import Batch, Example, Method, StepOutput
+from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.registry import load_method
 
 
@@ -63,8 +63,9 @@ def perturb(module: nn.Module, vector_scale: float = 0.2, matrix_scale: float = 
 
 def value(output: StepOutput, name: str) -> float:
     """A ratio among the metrics of a step."""
-    total, weight, _ = output.metrics[name]
-    return float(total) / float(weight)
+    ratio = output.metrics[name]
+    assert isinstance(ratio, Ratio)
+    return float(ratio.total) / float(ratio.weight)
 
 
 def loss_per_unit(output: StepOutput, batch: Batch) -> float:

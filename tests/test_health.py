@@ -55,6 +55,14 @@ def test_a_fatal_sign_is_told_at_once_and_stops_the_run_when_it_lasts(changes: d
     assert isinstance(error.value, UserError)
 
 
+def test_a_metric_may_state_its_own_minimum() -> None:
+    monitor, roles = HealthMonitor(0.0), {"pred_var": "prediction_variance"}
+    assert monitor.check(1, {"pred_var": 0.05}, roles) == []
+    assert monitor.check(1, {"pred_var": 0.05}, roles, {"pred_var": 0.01}) == []
+    [line] = monitor.check(1, {"pred_var": 0.005}, roles, {"pred_var": 0.01})
+    assert line.startswith("pred_var is 0.005, below 0.01: the network predicts the same for all frames; lower")
+
+
 def test_a_sign_that_passes_is_forgiven() -> None:
     monitor = HealthMonitor(10.0)
     for update in range(10 * HOPELESS_INTERVALS):

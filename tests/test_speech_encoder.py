@@ -304,6 +304,42 @@ def test_dropout_rates_and_eval() -> None:
     assert torch.equal(encoder.context(projected, None)[-1], encoder.context(projected, None)[-1])
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_feed_forwards_are_what_the_layers_add(first: bool) -> None:
+    """Each layer's feed-forward, without dropout, by a hook on its last product; none is skipped in training."""
+    encoder = randomised(SpeechEncoder(small_config(layer_norm_first=first, encoder_layerdrop=0.9))).train()
+    seen: list[Tensor] = []
+    for layer in encoder.layers:
+        layer.fc2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x, lengths = torch.randn(2, 20, 48), torch.tensor([20, 13])
+    encoder.draw_layerdrop(np.random.default_rng(0))
+    outputs = list(encoder.encoder.feed_forwards(x, lengths))
+    assert len(outputs) == len(seen) == 3
+    for output, expected in zip(outputs, seen, strict=True):
+        assert torch.equal(output, expected)
+    # The same layers as in a forward.
+    seen.clear()
+    encoder.eval().encoder(x, lengths)
+    for output, expected in zip(outputs, seen, strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_several_positional_convolutions_share_the_kernel() -> None:
+    encoder = SpeechEncoder(small_config(conv_pos=14, pos_conv_depth=3))
+    assert [tuple(conv.weight.shape) for conv in encoder.encoder.pos_conv.convs] == [(48, 12, 4)] * 3
+    # Three frames at least, as in fairseq.
+    assert SpeechEncoder(small_config(conv_pos=4, pos_conv_depth=2)).encoder.pos_conv.convs[1].kernel_size == (3,)
+    # No change of the first frames beyond the frames that they see: 2 of 4, less the one that is cut, three times.
+    x = torch.randn(1, 30, 48)
+    changed = torch.cat([x[:, :15], torch.randn(1, 15, 48)], dim=1)
+    difference = (encoder.encoder.pos_conv(x) - encoder.encoder.pos_conv(changed)).abs().amax((0, 2)) > 1e-6
+    assert difference.nonzero().min() == 15 - 3
+    with FlopCounterMode(display=False) as counter:
+        encoder.encoder.pos_conv(x)
+    layers = SpeechEncoder(small_config(conv_pos=16)).context_flops(30) - 2.0 * 30 * 48 * 12 * 16
+    assert encoder.context_flops(30) - layers == counter.get_total_flops()
+
+
 def test_flops_against_torch_counter() -> None:
     """torch counts the weight gradient of the grouped positional convolution `groups` times; corrected here."""
     encoder = SpeechEncoder(small_config(extractor_mode="layer_norm", conv_pos=15))

@@ -87,6 +87,34 @@ def test_an_update_is_the_average_and_takes_the_students_statistics(share: float
     assert int(after["1.num_batches_tracked"]) == 1
 
 
+def test_parameters_that_are_copied_are_the_students() -> None:
+    teacher = Teacher.copy_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    student = copy.deepcopy(teacher.network)
+    perturb(student)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    teacher.update(student, 0.3, copied=("0.",))
+    after, theirs = teacher.state_dict(), student.state_dict()
+    for name, value in averaged(before, theirs, 0.3).items():
+        expected = theirs[name].double() if name.startswith("0.") else value
+        torch.testing.assert_close(after[name].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_teacher_starts_at_its_student_unless_a_checkpoint_brought_it() -> None:
+    teacher = Teacher.copy_of(network())
+    student, other = moved(teacher.network), moved(network())
+    teacher.start_at(student)
+    assert torch.equal(teacher.state_dict()["3.bias"], student.state_dict()["3.bias"])
+    parent = nn.ModuleDict({"student": student, "teacher": teacher})
+    # Weights of the student alone bring no teacher.
+    parent.load_state_dict({f"student.{key}": value for key, value in other.state_dict().items()}, strict=False)
+    teacher.start_at(student)
+    assert torch.equal(teacher.state_dict()["3.bias"], student.state_dict()["3.bias"])
+    kept = {f"teacher.{key}": value + 1 for key, value in other.state_dict().items()}
+    parent.load_state_dict(kept, strict=False)
+    teacher.start_at(student)
+    assert torch.equal(teacher.state_dict()["3.bias"], kept["teacher.3.bias"])
+
+
 def test_an_update_names_what_has_no_partner() -> None:
     teacher = Teacher.copy_of(network())
     with pytest.raises(UserError, match=r"teacher: 4\.bias, 4\.weight: not in teacher and student alike; give"):
@@ -187,7 +215,7 @@ class TaughtHubert(HubertMethod):
 
     def begin(self, found: dict[str, TargetInfo]) -> None:
         """Both get their weights."""
-        self.average.update(self.encoder, 0.0)
+        self.average.start_at(self.encoder)
         load_teacher(self.frozen, self.config.frozen, "method.frozen")
 
     def forward(self, batch: Batch) -> StepOutput:

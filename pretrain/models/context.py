@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.models.conformer import ConformerLayer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
-from pretrain.models.positions import ConvPositions, relative_positions, rotary_positions
+from pretrain.models.positions import conv_positions, relative_positions, rotary_positions
 from pretrain.models.transformer import TransformerLayer
 
 
@@ -37,6 +38,9 @@ class ContextConfig(Protocol):
     def layer_norm_first(self) -> bool: ...
 
     @property
+    def pos_conv_depth(self) -> int: ...
+
+    @property
     def pos_enc_type(self) -> str: ...
 
     @property
@@ -60,7 +64,7 @@ class ContextNetwork(nn.Module):
         self.dropout, self.layer_norm_first = config.dropout, config.layer_norm_first
         self.pos_enc_type, self.head_dim = config.pos_enc_type, dim // config.encoder_attention_heads
         if self.pos_enc_type == "abs":
-            self.pos_conv = ConvPositions(dim, config.conv_pos, config.conv_pos_groups)
+            self.pos_conv = conv_positions(dim, config.conv_pos, config.conv_pos_groups, config.pos_conv_depth)
         self.layers = LayerStack(make_layer(config) for _ in range(config.encoder_layers))
         self.layerdrop, self.skipped = config.encoder_layerdrop, [False] * config.encoder_layers
         self.layer_norm = LayerNorm(dim)
@@ -79,6 +83,24 @@ class ContextNetwork(nn.Module):
 
     def forward(self, x: Tensor, frame_lengths: Tensor | None) -> list[Tensor]:
         """(B, F, D) to L + 1 hidden states (B, F, D): the input of every layer, then the encoder's output."""
+        x, inputs = self._layer_inputs(x, frame_lengths)
+        hidden_states = self.layers(x, *inputs, skipped=self.skipped if self.training else ())
+        if self.layer_norm_first:
+            hidden_states[-1] = self.layer_norm(hidden_states[-1])
+        return hidden_states
+
+    def feed_forwards(self, x: Tensor, frame_lengths: Tensor | None) -> Iterator[Tensor]:
+        """(B, F, D) to what the feed-forward of each layer makes, (B, F, D) before dropout and residual, one by one.
+
+        Of Transformer layers; none is skipped. One by one, so that whoever averages them need not keep them all.
+        """
+        x, inputs = self._layer_inputs(x, frame_lengths)
+        for layer in self.layers:
+            x, feed_forward = cast(TransformerLayer, layer).with_feed_forward(x, *inputs)
+            yield feed_forward
+
+    def _layer_inputs(self, x: Tensor, frame_lengths: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """What the first layer takes, and what every layer takes beside its frames."""
         valid = None
         if frame_lengths is not None:
             valid = torch.arange(x.shape[1], device=x.device) < frame_lengths.unsqueeze(1)
@@ -87,11 +109,7 @@ class ContextNetwork(nn.Module):
         x, positions = self._positions(x)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
-        x = dropout(x, self.dropout, self.training)
-        hidden_states = self.layers(x, valid, *positions, skipped=self.skipped if self.training else ())
-        if self.layer_norm_first:
-            hidden_states[-1] = self.layer_norm(hidden_states[-1])
-        return hidden_states
+        return dropout(x, self.dropout, self.training), (valid, *positions)
 
     def _positions(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Frames with their absolute positions, and the table of positions that the layers take beside them."""

@@ -37,6 +37,50 @@ class ConvPositions(nn.Module):
         return F.gelu(out[:, :, : x.shape[1]]).transpose(1, 2)
 
 
+class PositionConv(nn.Conv1d):
+    """A grouped `nn.Conv1d` over frames that keeps their number, through `grouped_conv1d`: (B, D, F) to (B, D, F)."""
+
+    def __init__(self, dim: int, kernel: int, groups: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = grouped_conv1d(x, self.weight, self.bias, self.kernel_size[0] // 2, self.groups)
+        # An even kernel with symmetric padding makes one frame too many.
+        return out[:, :, : x.shape[2]]
+
+
+class StackedConvPositions(nn.Module):
+    """Convolutional positional embedding of `depth` grouped convolutions, each with a layer norm and GELU behind it.
+
+    The convolutions have no weight norm and the layer norms no weights. Frames behind the end of a padded row are what
+    the convolution before has made of them, so that the last real frames of a row depend on the padding, as in fairseq.
+    Source: data2vec, arXiv 2202.03555; fairseq `TransformerEncoder` with `pos_conv_depth` above 1.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int, depth: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(PositionConv(dim, kernel, groups) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, D) to (B, F, D)."""
+        for conv in self.convs:
+            out = conv(x.transpose(1, 2)).transpose(1, 2)
+            # In the precision of the weights, as all layer norms here.
+            x = F.gelu(F.layer_norm(out.to(conv.weight.dtype), out.shape[2:]))
+        return x
+
+
+def position_kernel(conv_pos: int, depth: int) -> int:
+    """Frames that each of `depth` positional convolutions sees: `conv_pos` shared out, 3 at least, as in fairseq."""
+    return conv_pos if depth == 1 else max(3, conv_pos // depth)
+
+
+def conv_positions(dim: int, conv_pos: int, groups: int, depth: int) -> nn.Module:
+    """The positional convolution of fairseq's `conv_pos`, `conv_pos_groups` and `pos_conv_depth`."""
+    kernel = position_kernel(conv_pos, depth)
+    return ConvPositions(dim, kernel, groups) if depth == 1 else StackedConvPositions(dim, kernel, groups, depth)
+
+
 class SinusoidalPositions(nn.Module):
     """Fixed sinusoids of the absolute position: sines in even columns, cosines in odd ones, base 10,000, not scaled.
 

@@ -22,6 +22,9 @@ class SpeechEncoderConfig:
     (wav2vec 2.0, data2vec, transformers), "fold" fairseq's HuBERT and WavLM rule (a frame is padding only if all
     samples of its stride are).
 
+    `conv_pos` is the number of frames that the positional convolution sees, `pos_conv_depth` the number of convolutions
+    that share it (data2vec: 5 of 19 frames); one has a weight norm, several have layer norms.
+
     `layer_type` "conformer" goes with `pos_enc_type` "rel_pos" or "rope", "transformer" with "abs", the positional
     convolution. A conformer uses `dropout` everywhere and, as in fairseq, neither `attention_dropout` nor
     `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused convolution that other projects
@@ -49,6 +52,7 @@ class SpeechEncoderConfig:
     layer_type: str = "transformer"
     pos_enc_type: str = "abs"
     depthwise_conv_kernel_size: int = 31
+    pos_conv_depth: int = 1
 
     def __post_init__(self) -> None:
         self._check_convolutions()

@@ -15,6 +15,7 @@ from pretrain.models.context import ContextEncoder, ContextNetwork
 from pretrain.models.conv_features import ConvFeatureExtractor, Samples
 from pretrain.models.kernels import LayerNorm, Linear, dropout
 from pretrain.models.layer_stack import with_layers
+from pretrain.models.positions import position_kernel
 from pretrain.models.speech_config import SpeechEncoderConfig
 
 
@@ -143,13 +144,18 @@ class SpeechEncoder(ContextEncoder):
             length = (length - kernel) // stride + 1
             total += 2.0 * length * in_dim * out_dim * kernel
             in_dim = out_dim
-        projection = 2.0 * length * in_dim * dim
+        return total + 2.0 * length * in_dim * dim + self.context_flops(length)
+
+    def context_flops(self, frames: int) -> float:
+        """Floating-point operations of one forward of positions and layers over `frames` frames."""
+        config, dim = self.config, self.config.encoder_embed_dim
         if config.is_conformer:
-            return total + projection + config.encoder_layers * self._conformer_flops(length)
-        positions = 2.0 * length * dim * (dim // config.conv_pos_groups) * config.conv_pos
-        linear = 2.0 * length * (4 * dim * dim + 2 * dim * config.encoder_ffn_embed_dim)
-        attention = 4.0 * length * length * dim
-        return total + projection + positions + config.encoder_layers * (linear + attention)
+            return config.encoder_layers * self._conformer_flops(frames)
+        taps = config.pos_conv_depth * position_kernel(config.conv_pos, config.pos_conv_depth)
+        positions = 2.0 * frames * dim * (dim // config.conv_pos_groups) * taps
+        linear = 2.0 * frames * (4 * dim * dim + 2 * dim * config.encoder_ffn_embed_dim)
+        attention = 4.0 * frames * frames * dim
+        return positions + config.encoder_layers * (linear + attention)
 
     def _conformer_flops(self, length: int) -> float:
         """Forward of one conformer layer over `length` frames."""

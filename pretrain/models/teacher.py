@@ -4,7 +4,7 @@ A method holds its teacher outside `encoder`, so that it is in every checkpoint 
 student as a moving average (data2vec, BYOL) is made, started and moved like this:
 
     self.teacher = Teacher.copy_of(self.encoder)         # in __init__; any part of the encoder will do
-    self.teacher.update(self.encoder, decay=0.0)         # in begin, since `init_from` comes after __init__
+    self.teacher.start_at(self.encoder)                  # in begin, since `init_from` comes after __init__
     hidden_states, _ = self.teacher(batch.waveforms, batch.lengths_if_padded)  # in forward
     decay = linear_ramp(progress.update, 0.999, 0.9999, 30_000)
     self.teacher.update(self.encoder, decay)             # in after_step
@@ -46,6 +46,7 @@ class Teacher(nn.Module):
         """Takes `network` over: what still trains must be copied first, which `copy_of` does."""
         super().__init__()
         self.network = network.float().requires_grad_(False)
+        self.is_loaded = False  # whether a checkpoint has brought it weights of its own
         self.register_load_state_dict_pre_hook(_add_prefix)
         self.train()
 
@@ -63,13 +64,18 @@ class Teacher(nn.Module):
         """What `network` makes of the same arguments."""
         return self.network(*args, **options)
 
+    def start_at(self, student: nn.Module) -> None:
+        """Become the student, unless `init_from` has brought a teacher with it."""
+        if not self.is_loaded:
+            self.update(student, decay=0.0)
+
     @torch.no_grad()
-    def update(self, student: nn.Module, decay: float) -> None:
+    def update(self, student: nn.Module, decay: float, copied: tuple[str, ...] = ()) -> None:
         """Each parameter becomes decay * its own value + (1 - decay) * the student's; buffers become the student's.
 
-        For `after_step`, where the student has the weights of this update; all ranks call it. It communicates nothing,
-        at any ZeRO stage. `student` is what the teacher was copied from. Raises UserError with the names that only one
-        of the two has, or has in another shape.
+        So do parameters whose names begin with one of `copied`. For `after_step`, where the student has the weights of
+        this update; all ranks call it. It communicates nothing, at any ZeRO stage. `student` is what the teacher was
+        copied from. Raises UserError with the names that only one of the two has, or has in another shape.
         """
         own, theirs = self.network.state_dict(keep_vars=True), student.state_dict(keep_vars=True)
         alone = sorted(n for n in own.keys() | theirs.keys() if _shape(own.get(n)) != _shape(theirs.get(n)))
@@ -79,15 +85,22 @@ class Teacher(nn.Module):
                 "the teacher was copied from"
             )
         # By identity, because a tensor that two layers share has two names and must move once.
-        pairs = list({id(mine): (mine, theirs[name]) for name, mine in own.items()}.values())
-        parameters = [pair for pair in pairs if isinstance(pair[0], nn.Parameter)]
-        for mine, other in pairs:
+        pairs: list[tuple[str, Tensor, Tensor]] = list(
+            {id(mine): (name, mine, theirs[name]) for name, mine in own.items()}.values()
+        )
+        parameters = [pair for pair in pairs if isinstance(pair[1], nn.Parameter)]
+        for _, mine, other in pairs:
             if not isinstance(mine, nn.Parameter):
                 mine.copy_(other)
-        mine, other = ([_share(pair[side]) for pair in parameters] for side in (0, 1))
-        torch._foreach_lerp_(mine, other, 1.0 - decay)
+        for share, chosen in (
+            (decay, [pair for pair in parameters if not pair[0].startswith(copied)]),
+            (0.0, [pair for pair in parameters if pair[0].startswith(copied)]),
+        ):
+            if chosen:
+                averages = [_share(average) for _, average, _ in chosen]
+                torch._foreach_lerp_(averages, [_share(weight) for _, _, weight in chosen], 1.0 - share)
         # ZeRO 3 keeps small parameters whole between uses. These have changed: the next forward gathers them again.
-        divided = [parameter for parameter, _ in parameters if hasattr(parameter, "ds_tensor")]
+        divided = [parameter for _, parameter, _ in parameters if hasattr(parameter, "ds_tensor")]
         if divided:
             divided[0].partition(divided)
 
@@ -132,9 +145,11 @@ def linear_ramp(update: int, start: float, end: float, updates: int) -> float:
     return end if update >= updates else start + (end - start) * update / updates
 
 
-def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _add_prefix(module: Teacher, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Give the tensors of a teacher the names under which torch looks for those of its only child."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
+    found = [key for key in state_dict if key.startswith(prefix)]
+    module.is_loaded |= bool(found)
+    for key in found:
         state_dict[f"{prefix}{_NETWORK}{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 

@@ -62,11 +62,17 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """(B, F, D) to (B, F, D); `valid` as in SelfAttention."""
+        return self.with_feed_forward(x, valid)[0]
+
+    def with_feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the output (B, F, D) of the feed-forward, before dropout, residual and norm."""
         if self.layer_norm_first:
             x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), valid))
-            return x + self._drop(self._feed_forward(self.final_layer_norm(x)))
+            out = self._feed_forward(self.final_layer_norm(x))
+            return x + self._drop(out), out
         x = self.self_attn_layer_norm(x + self._drop(self.self_attn(x, valid)))
-        return self.final_layer_norm(x + self._drop(self._feed_forward(x)))
+        out = self._feed_forward(x)
+        return self.final_layer_norm(x + self._drop(out)), out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         x = dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)

@@ -6,17 +6,12 @@ Source: arXiv 2006.11477; `fairseq/models/wav2vec/wav2vec2.py`, on which UniSpee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from pretrain.config import ConfigError
-from pretrain.method import Example, Method, Progress
-from pretrain.models.conv_features import ConvFrames, valid_frames
-from pretrain.models.conv_features import frames as count_frames
+from pretrain.method import Method, Progress
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from pretrain.objectives.collate import Stacked, stack_waveforms
-from pretrain.objectives.masking import equal_span_masks
+from pretrain.objectives.span_masks import SpanMaskCollator, span_mask_options
 from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
 
 
@@ -50,45 +45,16 @@ class QuantizedTargetsConfig:
             raise ConfigError(f"method.num_negatives: {self.num_negatives}; a contrast needs one at least")
 
 
-class Masked(NamedTuple):
-    """Stacked waveforms, `valid` frames of each row, and `mask` (B, F) with K True in every row."""
-
-    stacked: Stacked
-    valid: list[int]
-    mask: np.ndarray
-
-
 @dataclass(frozen=True)
-class MaskingCollator(ConvFrames):
-    """Draws the masks of a batch; `draw` is what a method's collator begins with."""
+class MaskingCollator(SpanMaskCollator):
+    """Draws the masks of a batch; distractors are the method's."""
 
-    frame_length_rule: str
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
     num_negatives: int
-
-    def draw(self, examples: list[Example]) -> Masked:
-        """Stack the waveforms, and hide spans in each row by its own generator."""
-        stacked = stack_waveforms(examples)
-        samples, lengths = stacked.waveforms.shape[1], stacked.lengths
-        frames = int(count_frames(samples, self.conv_feature_layers))
-        valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
-        rngs = [example.rng for example in examples]
-        mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
-        return Masked(stacked, valid, mask)
 
 
 def masking_options(config: QuantizedTargetsConfig) -> dict[str, Any]:
     """The fields of `MaskingCollator` that `config` gives."""
-    return {
-        "conv_feature_layers": config.encoder.conv_feature_layers,
-        "frame_length_rule": config.encoder.frame_length_rule,
-        "mask_prob": config.mask_prob,
-        "mask_length": config.mask_length,
-        "mask_min_spans": config.mask_min_spans,
-        "num_negatives": config.num_negatives,
-    }
+    return span_mask_options(config) | {"num_negatives": config.num_negatives}
 
 
 class QuantizedTargetsMethod(Method):

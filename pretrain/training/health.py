@@ -23,6 +23,7 @@ COLLAPSED_VARIANCE = 1e-4
 # Metrics of these roles fall to zero when every frame becomes alike; the sentence says what to change.
 COLLAPSES: dict[Role, str] = {
     "target_variance": "the teacher's targets have collapsed; lower optimizer.lr or raise the EMA decay",
+    "prediction_variance": "the network predicts the same for all frames; lower optimizer.lr, or enlarge the batch",
     "feature_variance": "the network gives every frame the same features; lower optimizer.lr, or enlarge the batch",
 }
 # Entries per group in use, below which a codebook is one vector; healthy runs dip to 5 or 10 at first.
@@ -42,19 +43,25 @@ class HealthMonitor:
     clip_norm: float
     _streaks: dict[str, int] = field(default_factory=dict)
 
-    def check(self, update: int, values: dict[str, float], roles: dict[str, Role] | None = None) -> list[str]:
-        """Sentences about this interval. `roles` are those that metrics state, by name.
+    def check(
+        self,
+        update: int,
+        values: dict[str, float],
+        roles: dict[str, Role] | None = None,
+        minima: dict[str, float] | None = None,
+    ) -> list[str]:
+        """Sentences about this interval. `roles` and `minima` are those that metrics state, by name.
 
         Raises HopelessRun where a fatal sign has lasted.
         """
-        fatal, warnings = self._fatal(values, roles or {}), self._warnings(update, values)
+        fatal, warnings = self._fatal(values, roles or {}, minima or {}), self._warnings(update, values)
         self._streaks = {sign: self._streaks.get(sign, 0) + 1 for sign in fatal}
         for sign, sentence in fatal.items():
             if self._streaks[sign] >= HOPELESS_INTERVALS:
                 raise HopelessRun(f"update {update}: {sentence}")
         return [*fatal.values(), *warnings]
 
-    def _fatal(self, values: dict[str, float], roles: dict[str, Role]) -> dict[str, str]:
+    def _fatal(self, values: dict[str, float], roles: dict[str, Role], minima: dict[str, float]) -> dict[str, str]:
         signs = {}
         for name, value in values.items():
             if name.endswith("labels_perplexity") and value < COLLAPSED_PERPLEXITY:
@@ -62,8 +69,9 @@ class HealthMonitor:
                     f"the training labels are nearly all the same ({name} {value:.2f}); look at the label files, their "
                     "dictionary and the k-means report"
                 )
-            elif name in roles and value < COLLAPSED_VARIANCE:
-                signs[name] = f"{name} is {value:.2g}: {COLLAPSES[roles[name]]}"
+            elif name in roles and value < (minimum := minima.get(name, COLLAPSED_VARIANCE)):
+                below = f", below {minimum:g}" if name in minima else ""
+                signs[name] = f"{name} is {value:.2g}{below}: {COLLAPSES[roles[name]]}"
         if sentence := _collapsed_codebook(values):
             signs["prob_perplexity"] = sentence
         if not math.isfinite(values.get("loss", 0.0)):

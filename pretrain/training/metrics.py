@@ -29,7 +29,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L
 class Accumulator:
     """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one.
 
-    `roles` has the roles of the metrics that state one, by name.
+    `roles` and `minima` have those of the metrics that state one, by name.
 
     `Predictions` are gathered where `validation` says so, and left out elsewhere.
     """
@@ -41,6 +41,7 @@ class Accumulator:
         self._kinds: dict[str, type] = {}
         self._predictions: dict[str, list[Predictions]] = {}
         self.roles: dict[str, Role] = {}
+        self.minima: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add one micro-batch; nothing leaves the device but predictions at validation."""
@@ -56,6 +57,8 @@ class Accumulator:
             if isinstance(value, Ratio):
                 if value.role is not None:
                     self.roles[name] = value.role
+                if value.minimum is not None:
+                    self.minima[name] = value.minimum
                 weight = torch.as_tensor(value.weight, dtype=torch.float64)
                 total = value.total.detach().double()
                 value_sum = torch.stack([total, weight.to(total.device, non_blocking=True)])

@@ -58,8 +58,6 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
         state = checkpoint.RunState(0, 0, 0, [0.0], 1.0, identity)
         notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
         method.begin(corpus.found)
-        if config.init_from and config.init_head == "keep":
-            initialise(method, config.init_from, config.init_head)  # a teacher that is kept is not started anew
     else:
         state = checkpoint.load_state(found)
         checkpoint.check_identity(_completed(state.identity, method_class), identity, config.run_dir)

@@ -212,7 +212,9 @@ class Trainer:
         """One log interval: reduce, look at the health, write the curves."""
         values, histograms = self.metrics.reduce()
         values["gradient_norm"] = self.engine.grad_norm
-        lines = self.health.check(self.state.update, values, self.metrics.roles) if self.config.trainer.health else []
+        lines = []
+        if self.config.trainer.health:
+            lines = self.health.check(self.state.update, values, self.metrics.roles, self.metrics.minima)
         values["optimizer/learning_rate"] = self.config.optimizer.lr * self.run.schedule.factor(self.state.update)
         values["optimizer/loss_scale"] = self.engine.loss_scale
         values |= self.throughput.report()

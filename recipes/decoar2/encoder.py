@@ -38,6 +38,7 @@ class Decoar2EncoderConfig:
     pos_enc_type: ClassVar[str] = "abs"
     is_conformer: ClassVar[bool] = False
     depthwise_conv_kernel_size: ClassVar[int] = 0
+    pos_conv_depth: ClassVar[int] = 1
 
 
 class Decoar2Encoder(PredictiveEncoder, ContextEncoder):

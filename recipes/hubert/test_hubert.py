@@ -97,8 +97,8 @@ def output(official: Official) -> StepOutput:
 
 
 def metric(output: StepOutput, name: str) -> float:
-    total, weight, _ = output.metrics[name]
-    return float(total) / float(weight)
+    ratio = output.metrics[name]
+    return float(ratio.total) / float(ratio.weight)
 
 
 def test_the_batch_scores_as_many_frames(official: Official) -> None:

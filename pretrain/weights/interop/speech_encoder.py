@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import encoder_config
+from pretrain.models.positions import position_kernel
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.weights.interop.speech_encoder_keys import (
     FAIRSEQ_KEYS,
@@ -42,6 +43,7 @@ _FAIRSEQ_FIELDS: dict[str, Any] = {
     "layer_norm_first": False,
     "conv_pos": 128,
     "conv_pos_groups": 16,
+    "pos_conv_depth": 1,
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "activation_dropout": 0.0,
@@ -49,7 +51,7 @@ _FAIRSEQ_FIELDS: dict[str, Any] = {
     "encoder_layerdrop": 0.0,
     "feature_grad_mult": 1.0,
 }
-_FAIRSEQ_FIXED: dict[str, Any] = {"activation_fn": "gelu", "pos_conv_depth": 1}
+_FAIRSEQ_FIXED: dict[str, Any] = {"activation_fn": "gelu"}
 # Written and read for conformers alone; a conformer of fairseq's with pos_enc_type "abs" is none that we build.
 _FAIRSEQ_CONFORMER_FIELDS: dict[str, Any] = {"pos_enc_type": "abs", "depthwise_conv_kernel_size": 31}
 
@@ -85,6 +87,9 @@ _HUGGINGFACE_CONFORMER_TYPE = "wav2vec2-conformer"
 _HUGGINGFACE_POSITIONS = {"rel_pos": "relative", "rope": "rotary"}
 # fairseq's conformer has one dropout, transformers' has these beside hidden_dropout.
 _HUGGINGFACE_CONFORMER_DROPOUTS = ("attention_dropout", "activation_dropout", "conformer_conv_dropout")
+# The class with several positional convolutions, which counts them in the field where the others state the kernel.
+_HUGGINGFACE_STACKED_TYPE = "data2vec-audio"
+_HUGGINGFACE_STACK = {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19}
 _EXTRACTOR_TO_NORM = {"default": "group", "layer_norm": "layer"}
 
 
@@ -197,19 +202,30 @@ def config_from_fairseq(model: Mapping[str, Any], task: Mapping[str, Any]) -> di
     return _complete(config | {"layer_type": layers})
 
 
-def config_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_to_huggingface(config: Mapping[str, Any], stacked_positions: bool = False) -> dict[str, Any]:
     """Our encoder's config in transformers' fields, each of them explicit; a conformer's with its `model_type`.
+
+    `stacked_positions` says whether the class has several positional convolutions, as data2vec's, or one.
 
     SpecAugment is on by default in transformers and would mask the input of whoever fine-tunes without knowing it; a
     `mask_time_prob` above 0 is still needed for the class to own `masked_spec_embed`. Raises InteropError for a
-    conformer with its norms last, which transformers does not have.
+    conformer with its norms last, which transformers does not have, and for positions that the class does not have.
     """
     config = _complete(config)
+    depth = config["pos_conv_depth"]
+    if config["layer_type"] == "transformer" and stacked_positions != (depth > 1):
+        raise InteropError(
+            f"method.encoder.pos_conv_depth: {depth} has no counterpart in transformers' class of this model, which "
+            f"has {'several positional convolutions' if stacked_positions else 'one positional convolution'}; export "
+            "to native or s3prl"
+        )
     dims, kernels, strides = zip(*config["conv_feature_layers"], strict=True)
+    kernel = position_kernel(config["conv_pos"], depth)
     return {
         **{theirs: config[ours] for ours, theirs, _ in _HUGGINGFACE_FIELDS},
         **_HUGGINGFACE_FIXED,
         **_layers_to_huggingface(config),
+        **(dict(zip(_HUGGINGFACE_STACK, (depth, kernel), strict=True)) if stacked_positions else {}),
         "conv_dim": list(dims),
         "conv_kernel": list(kernels),
         "conv_stride": list(strides),
@@ -254,7 +270,8 @@ def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str
     """
     _require(config, _HUGGINGFACE_FIXED, "config.json")
     modes = {norm: mode for mode, norm in _EXTRACTOR_TO_NORM.items()}
-    norm = config.get("feat_extract_norm", "group")
+    stacked = config.get("model_type") == _HUGGINGFACE_STACKED_TYPE
+    norm = "layer" if stacked else config.get("feat_extract_norm", "group")
     if norm not in modes:
         raise InteropError(f"config.json: feat_extract_norm: {norm!r} is not supported, only {' and '.join(modes)}")
     mode = modes[norm]
@@ -267,6 +284,7 @@ def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str
             "conv_feature_layers": [list(layer) for layer in zip(*conv, strict=True)],
             **{ours: config.get(theirs, default) for ours, theirs, default in _HUGGINGFACE_FIELDS},
             **_layers_from_huggingface(config),
+            **(_stack_from_huggingface(config) if stacked else {}),
             "feature_grad_mult": 1.0,
             "normalize": bool(preprocessor.get("do_normalize", mode == "layer_norm")),
             "frame_length_rule": "conv",
@@ -294,6 +312,17 @@ def _layers_from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
         "pos_enc_type": positions[theirs],
         "depthwise_conv_kernel_size": config.get("conv_depthwise_kernel_size", 31),
     }
+
+
+def _stack_from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Several positional convolutions; ours begin at two of three frames, as fairseq's."""
+    depth, kernel = (config.get(name, default) for name, default in _HUGGINGFACE_STACK.items())
+    if depth < 2 or kernel < 3:
+        raise InteropError(
+            f"config.json: {', '.join(_HUGGINGFACE_STACK)}: {depth} of {kernel} frames are not supported, only 2 or "
+            "more of 3 or more; this checkpoint cannot be imported"
+        )
+    return {"pos_conv_depth": depth, "conv_pos": depth * kernel}
 
 
 def parse_conv_layers(layers: str | list[Any], field: str = "conv_feature_layers") -> list[list[int]]:

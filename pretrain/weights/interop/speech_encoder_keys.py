@@ -30,6 +30,11 @@ _HUGGINGFACE_POSITIONAL_CONV = (
     "encoder.pos_conv_embed.conv.bias",
 )
 
+# Several convolutions, as in data2vec, and in transformers in its class alone.
+_STACKED_CONVS = "encoder.pos_conv.convs.{k}.*"
+_FAIRSEQ_STACKED_CONVS = "encoder.pos_conv.{k}.0.*"
+_HUGGINGFACE_STACKED_CONVS = "encoder.pos_conv_embed.layers.{k}.conv.*"
+
 _FAIRSEQ_FRONT = [
     ("mask_emb", "mask_emb"),
     ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.0.*"),
@@ -78,6 +83,7 @@ _CONFORMER = [
 _FAIRSEQ_LAYERS = {
     "transformer": [
         *zip(_POSITIONAL_CONV, _FAIRSEQ_POSITIONAL_CONV, strict=True),
+        (_STACKED_CONVS, _FAIRSEQ_STACKED_CONVS),
         *_layer(
             [
                 (name, name)
@@ -106,6 +112,7 @@ _FAIRSEQ_LAYERS = {
 _HUGGINGFACE_LAYERS = {
     "transformer": [
         *zip(_POSITIONAL_CONV, _HUGGINGFACE_POSITIONAL_CONV, strict=True),
+        (_STACKED_CONVS, _HUGGINGFACE_STACKED_CONVS),
         *_layer(
             [
                 ("self_attn.q_proj.*", "attention.q_proj.*"),
