@@ -159,6 +159,12 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.xdist_group("contract")
+def test_tests_of_one_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """Under `--dist loadgroup`; else each worker would make the runs that the tests of this group share."""
+    assert not getattr(request.config.option, "loadgroup", False) or request.node.nodeid.endswith("@contract")
+
+
+@pytest.mark.xdist_group("contract")
 @pytest.mark.parametrize("recipe", TINY)
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Path, tmp_path: Path) -> None:
     """State that no checkpoint holds would show here: figures, weights and moments after 1 + 1 updates and after 2."""
