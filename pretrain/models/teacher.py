@@ -85,7 +85,7 @@ class Teacher(nn.Module):
                 "the teacher was copied from"
             )
         # By identity, because a tensor that two layers share has two names and must move once.
-        pairs: list[tuple[str, Tensor, Tensor]] = list(
+        pairs: list[tuple[str, Any, Any]] = list(
             {id(mine): (name, mine, theirs[name]) for name, mine in own.items()}.values()
         )
         parameters = [pair for pair in pairs if isinstance(pair[1], nn.Parameter)]
