@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pretrain.config import compose_recipe, run_config, typed
 from pretrain.method import Batch, Example, Method, Ratio, StepOutput
 from pretrain.registry import load_method
+from pretrain.weights.export import ExportConfig, export
 
 
 def load_fixture(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,6 +108,20 @@ def collate(method: Method, waveforms: Tensor, lengths: Tensor, seed: int = 0) -
         for row, (waveform, length) in enumerate(zip(waveforms, lengths.tolist(), strict=True))
     ]
     return method.collator(method.config)(examples)
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether both have the same names and, to the bit, the same tensors."""
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def write_exports(folder: Path, method: Method) -> dict[str, Path]:
+    """A checkpoint of `method` ("checkpoint") and its exports by format: "native", "s3prl", "huggingface"."""
+    paths = {"checkpoint": write_checkpoint(folder / "run", method)}
+    for form, output in (("native", "export"), ("s3prl", "s3prl.pt"), ("huggingface", "hf")):
+        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
+        paths[form] = folder / output
+    return paths
 
 
 def method_state(imported: Any) -> dict[str, Tensor]:

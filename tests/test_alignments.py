@@ -48,6 +48,8 @@ def test_frames_of_other_rates_are_labelled_by_their_own_middle(tmp_path: Path, 
     [
         (HEADER + "u\t0\t0.5\ta\nu\t0.4\t1\tb\n", "overlap"),
         (HEADER + "u\t0\tlong\ta\n", "line 2"),
+        (HEADER + "u\t0\t1\ta\nu\t1\tinf\tb\n", "line 3: start_s '1' and end_s 'inf' must be seconds"),
+        (HEADER + "u\tnan\t1\ta\n", "line 2"),
         ("u\t0\t1\ta\n", "line 1"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 from contract_run import figures, train
+from recipe_checks import same_tensors
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -152,12 +153,6 @@ def two_rank_runs(world: World, request: pytest.FixtureRequest, tmp_path_factory
     return folder
 
 
-def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two safetensors files hold the same tensors to the bit."""
-    mine, theirs = load_file(one), load_file(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
 @pytest.mark.xdist_group("contract")
 def test_tests_of_one_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
     """Under `--dist loadgroup`; else each worker would make the runs that the tests of this group share."""
@@ -176,9 +171,9 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Pat
     first, last = "step_00000001", "step_00000002"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [first, last]
     for file in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
-        assert same_tensors(run / "checkpoints" / last / file, whole / "checkpoints" / last / file), file
+        assert same_tensors(*(load_file(folder / "checkpoints" / last / file) for folder in (run, whole))), file
     # The second update moved the network, so the equalities are not those of initial weights.
-    assert not same_tensors(*(run / "checkpoints" / step / "model.safetensors" for step in (first, last)))
+    assert not same_tensors(*(load_file(run / "checkpoints" / step / "model.safetensors") for step in (first, last)))
 
 
 @pytest.mark.xdist_group("contract")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from small_method import (
     SmallMethod,
     StepsOnly,
     engine_of,
+    micro_batch,
     plain,
     plain_torch,
     train,
@@ -168,6 +170,27 @@ def test_fp16_needs_a_stage_that_scales_the_loss(world: World) -> None:
 def test_what_the_recipe_decides_is_refused_in_deepspeeds_block(world: World, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"deepspeed\.{field}: set by the recipe"):
         Engine(SmallMethod(), OPTIMIZER, {"zero_optimization": {"stage": 1}, field: 1}, "fp32", world.device)
+
+
+class Wrong(SmallMethod):
+    """A method whose forward forgets the sum, or the `StepOutput` around it."""
+
+    def forward(self, batch: Batch) -> StepOutput:
+        loss = super().forward(batch).loss
+        return StepOutput(loss.expand(2), {}) if batch.padded else loss
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_forward_must_return_is_said(world: World, padded: bool) -> None:
+    engine = engine_of(0, "fp32", world, Wrong())
+    with pytest.raises(TypeError, match=r"Wrong\.forward: returned .*; return a StepOutput whose loss is one number"):
+        engine.forward(replace(micro_batch(0, 0), padded=padded))
+
+
+def test_units_of_a_further_loss_that_are_missing_are_named() -> None:
+    output = StepOutput(torch.tensor(1.0), {}, other_losses={"speakers": torch.tensor(2.0)})
+    with pytest.raises(TypeError, match=r"the units of \['speakers'\] are missing in the collator's other_sizes"):
+        output.total(micro_batch(0, 0))
 
 
 class Given(StepsOnly):

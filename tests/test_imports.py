@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pretrain.registry import method_names
+from pretrain.errors import UserError
+from pretrain.registry import load_method, method_names
 
 TRAINING_ONLY = {"deepspeed", "hydra"}
 LIGHT = ("pretrain.upstream", "pretrain.models", "pretrain.features", "pretrain.data", "pretrain.labelling")
@@ -154,3 +155,10 @@ def test_nothing_asks_for_a_methods_class() -> None:
         if isinstance(node, ast.Call)
     ]
     assert [ast.unparse(call) for call in calls if ast.unparse(call.func) == "isinstance"] == []
+
+
+@pytest.mark.parametrize("missing", ["Method", "Encoder"])
+def test_a_package_that_lacks_a_class_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(f"recipes.apc.{missing}")
+    with pytest.raises(UserError, match=rf"recipes/apc/__init__\.py: names no {missing}; import the method's class"):
+        load_method("apc")

@@ -55,6 +55,12 @@ def test_a_refused_update_leaves_no_trace(world: World) -> None:
     assert metrics.reduce()[0] == {"loss": 2.0}
 
 
+@pytest.mark.parametrize("value", [0.5, torch.tensor(0.5), Ratio(0.5, 1.0)])
+def test_a_metric_that_is_none_of_the_kinds_is_named(world: World, value: object) -> None:
+    with pytest.raises(TypeError, match="metric accuracy: give a Ratio, Counts or Predictions of tensors"):
+        Accumulator().add({"accuracy": value})
+
+
 def test_sums_keep_their_small_parts(world: World) -> None:
     """10,000 micro-batches of a float32 loss: 0.1 added to a growing float32 sum would lose digits."""
     metrics = Accumulator()

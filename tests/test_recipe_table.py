@@ -66,6 +66,12 @@ def test_sizes_are_the_published_ones(table: dict[str, list[str]]) -> None:
         assert float(table[name][1].removesuffix(" M")) == pytest.approx(millions, rel=0.005)
 
 
+def test_a_method_without_a_page_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pretrain.planning.recipe_table.RECIPES_DIR", tmp_path)
+    with pytest.raises(ConfigError, match=r"apc/README\.md: is missing; write it, with the method's name"):
+        with_short_table(f"{BEGIN}\n{END}")
+
+
 def test_text_around_the_short_table_stays_and_missing_markers_are_named() -> None:
     written = with_short_table(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert written.startswith(f"before\n{BEGIN}\n| Method")

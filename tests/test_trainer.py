@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,14 @@ def test_refused_updates_change_nothing_and_too_many_end_the_run(
     listed = (tmp_path / "out" / "run" / "failed_rank0.txt").read_text().split()
     assert listed
     assert all(Path(path).is_file() for path in listed)
+
+
+def test_a_run_with_nothing_to_score_says_where_to_look(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build("trainer.max_failed_steps=2")
+    read = type(trainer.reader).__getitem__
+    monkeypatch.setattr(type(trainer.reader), "__getitem__", lambda *args: replace(read(*args), sample_size=0))
+    with pytest.raises(HopelessRun, match=r"refused \(nothing to score\); .* batches have sample_size 0"):
+        trainer.fit()
 
 
 def test_a_refused_update_among_others_is_passed_over(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
-from recipe_checks import finish, write_checkpoint
+from recipe_checks import finish, write_checkpoint, write_exports
 from s3prl.nn import S3PRLUpstream
 from s3prl.upstream.hubert.hubert_model import HubertConfig as TheirConfig
 from s3prl.upstream.hubert.hubert_model import HubertModel as TheirModel
@@ -36,11 +36,7 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
 def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint and its three exports, by format."""
     folder = tmp_path_factory.mktemp(request.param)
-    paths = {"checkpoint": write_checkpoint(folder / "run", small_method(request.param))}
-    for form, output in (("native", "export"), ("s3prl", "hubert.pt"), ("huggingface", "hf")):
-        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
-        paths[form] = folder / output
-    return paths
+    return write_exports(folder, small_method(request.param))
 
 
 def hidden_states(model: torch.nn.Module, *inputs: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

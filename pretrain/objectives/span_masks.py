@@ -1,4 +1,4 @@
-"""Collating for methods that hide spans of a convolutional encoder's frames (wav2vec 2.0, UniSpeech, data2vec)."""
+"""Collating for methods that hide spans of a convolutional encoder's frames, such as HuBERT and wav2vec 2.0."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ class SpanMaskCollator(ConvFrames):
     mask_length: int
     mask_min_spans: int
 
-    def draw(self, examples: list[Example]) -> Masked:
-        """Stack the waveforms, and hide spans in each row by its own generator."""
+    def frames(self, examples: list[Example]) -> int:
+        """Frames of the longest example."""
+        return int(count_frames(max(len(example.waveform) for example in examples), self.conv_feature_layers))
+
+    def draw(self, examples: list[Example], frames: int | None = None) -> Masked:
+        """Stack the waveforms, and hide spans in each row by its own generator.
+
+        `frames` is F, where targets end before the frames of the waveforms do; without it all frames count.
+        """
         stacked = stack_waveforms(examples)
+        frames = self.frames(examples) if frames is None else frames
         samples, lengths = stacked.waveforms.shape[1], stacked.lengths
-        frames = int(count_frames(samples, self.conv_feature_layers))
         valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
         rngs = [example.rng for example in examples]
         mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)

@@ -18,15 +18,14 @@ from recipe_checks import (
     load_fixture,
     method_state,
     perturb,
+    same_tensors,
     two_waveforms,
-    write_checkpoint,
+    write_exports,
 )
 from s3prl.nn import S3PRLUpstream
-from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.method import Method
-from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.files import read_huggingface, read_torch
 from pretrain.weights.interop.types import InteropError, TrainedMethod
 from pretrain.weights.read import initialise, read_weights
@@ -46,10 +45,6 @@ def official() -> dict[str, Any]:
     }
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
 def trained(method: Method) -> TrainedMethod:
     return TrainedMethod("data2vec", asdict(method.config), method.state_dict())
 
@@ -60,11 +55,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     method = build("data2vec_tiny")
     perturb(method)
-    paths = {"checkpoint": write_checkpoint(folder / "run", method)}
-    for form, output in (("native", "export"), ("s3prl", "data2vec.pt"), ("huggingface", "hf")):
-        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
-        paths[form] = folder / output
-    return paths
+    return write_exports(folder, method)
 
 
 def test_fairseq_there_and_back() -> None:
@@ -74,12 +65,12 @@ def test_fairseq_there_and_back() -> None:
     values = {**asdict(build("data2vec_tiny").config), "encoder": imported.encoder_config}
     exported = interop.to_s3prl(TrainedMethod("data2vec", values, method_state(imported)))
     theirs, ours = dict(checkpoint["model"]), dict(exported["model_weight"])
-    assert same(ours.pop("_ema"), theirs.pop("_ema"))
-    assert same(ours, theirs)
+    assert same_tensors(ours.pop("_ema"), theirs.pop("_ema"))
+    assert same_tensors(ours, theirs)
     again = interop.from_pt(exported)
     assert again.encoder_config == imported.encoder_config
-    assert same(again.encoder_state, imported.encoder_state)
-    assert same(again.head_state, imported.head_state)
+    assert same_tensors(again.encoder_state, imported.encoder_state)
+    assert same_tensors(again.head_state, imported.head_state)
 
 
 def test_a_teacher_of_the_whole_model_is_left_out() -> None:
@@ -104,13 +95,13 @@ def test_s3prls_model_holds_exactly_our_tensors(exports: dict[str, Path]) -> Non
     written = read_torch(exports["s3prl"])["model_weight"]
     kept = {key: tensor for key, tensor in written.items() if key not in ("_ema", *interop.HEAD_KEYS)}
     loaded = S3PRLUpstream("data2vec_local", str(exports["s3prl"])).upstream.model.state_dict()
-    assert same(kept, dict(loaded))
+    assert same_tensors(kept, dict(loaded))
 
 
 def test_transformers_class_loads_every_tensor_and_agrees(exports: dict[str, Path]) -> None:
     model, info = transformers.Data2VecAudioModel.from_pretrained(exports["huggingface"], output_loading_info=True)
     assert not any(info.values())
-    assert same(dict(model.state_dict()), read_huggingface(exports["huggingface"]).tensors)
+    assert same_tensors(dict(model.state_dict()), read_huggingface(exports["huggingface"]).tensors)
     extractor = transformers.AutoFeatureExtractor.from_pretrained(exports["huggingface"])
     ours = Upstream("data2vec", str(exports["native"]))
     waveforms, lengths = two_waveforms()
@@ -135,7 +126,7 @@ def test_training_goes_on_with_head_and_teacher(exports: dict[str, Path], source
     done = initialise(method, str(exports[source]), "keep")
     assert done[-1] == f"head: {len(saved.head_state)} tensors kept"
     method.begin({})
-    assert same(dict(method.state_dict()), method_state(saved))
+    assert same_tensors(dict(method.state_dict()), method_state(saved))
 
 
 def test_training_goes_on_from_a_folder_without_a_teacher(exports: dict[str, Path]) -> None:
@@ -144,9 +135,9 @@ def test_training_goes_on_from_a_folder_without_a_teacher(exports: dict[str, Pat
         initialise(method, str(exports["huggingface"]), "keep")
     initialise(method, str(exports["huggingface"]), "reset")
     method.begin({})
-    assert same(dict(method.encoder.state_dict()), saved.encoder_state)
+    assert same_tensors(dict(method.encoder.state_dict()), saved.encoder_state)
     student = method.encoder.encoder.state_dict()
-    assert same(dict(method.teacher.state_dict()), dict(student))
+    assert same_tensors(dict(method.teacher.state_dict()), dict(student))
     # transformers keeps regularisation and shape as well.
     assert read_weights(exports["huggingface"]).encoder_config == saved.encoder_config
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
 from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput, TargetInfo, TargetSpec
-from pretrain.models.conv_features import ConvFrames, stride_samples, valid_frames
-from pretrain.models.conv_features import frames as count_frames
+from pretrain.models.conv_features import stride_samples
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from pretrain.objectives.collate import Stacked, frame_labels, stack_waveforms
-from pretrain.objectives.masking import equal_span_masks
+from pretrain.objectives.collate import Stacked, frame_labels
+from pretrain.objectives.span_masks import SpanMaskCollator, span_mask_options
 from recipes.hubert.figures import unit_figure
 
 # fairseq's Dictionary puts <s>, <pad>, </s> and <unk> before the clusters: never targets, yet rows of the softmax.
@@ -51,30 +50,21 @@ class HubertConfig:
 
 
 @dataclass(frozen=True)
-class HubertCollator(ConvFrames):
+class HubertCollator(SpanMaskCollator):
     """Draws the masks and cuts the labels of a batch; see `HubertMethod` for what it puts into `extras`."""
 
-    frame_length_rule: str
     label_rates_hz: tuple[int, ...]
-    mask_prob: float
-    mask_length: int
-    mask_min_spans: int
     scores_unmasked: bool
 
     def __call__(self, examples: list[Example]) -> Batch:
-        stacked = stack_waveforms(examples)
-        samples, lengths = stacked.waveforms.shape[1], stacked.lengths
-        frames = int(count_frames(samples, self.conv_feature_layers))
-        labels = [self._row_labels(example, frames) for example in examples]
+        labels = [self._row_labels(example, self.frames(examples)) for example in examples]
         frames = min(row.shape[1] for row in labels)
-        valid = valid_frames(lengths, samples, frames, self.conv_feature_layers, self.frame_length_rule).tolist()
-        rngs = [example.rng for example in examples]
-        mask = equal_span_masks(rngs, valid, frames, self.mask_prob, self.mask_length, self.mask_min_spans)
+        drawn = self.draw(examples, frames)
         return make_batch(
-            stacked,
+            drawn.stacked,
             labels=np.stack([row[:, :frames] for row in labels], axis=1),
-            mask=mask,
-            valid=np.arange(frames) < np.array(valid)[:, None],
+            mask=drawn.mask,
+            valid=np.arange(frames) < np.array(drawn.valid)[:, None],
             scores_unmasked=self.scores_unmasked,
         )
 
@@ -149,12 +139,8 @@ class HubertMethod(Method):
     def collator(cls, config: HubertConfig) -> HubertCollator:
         """The collator of this configuration."""
         return HubertCollator(
-            conv_feature_layers=config.encoder.conv_feature_layers,
-            frame_length_rule=config.encoder.frame_length_rule,
+            **span_mask_options(config),
             label_rates_hz=tuple(config.label_rates_hz),
-            mask_prob=config.mask_prob,
-            mask_length=config.mask_length,
-            mask_min_spans=config.mask_min_spans,
             scores_unmasked=config.pred_nomask_weight > 0,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_checks import method_state
+from recipe_checks import method_state, same_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import HubertConfig as TheirConfig
@@ -44,10 +44,6 @@ def trained(imported: Imported, checkpoint: dict[str, Any], num_classes: list[in
     return TrainedMethod("hubert", config, method_state(imported))
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_official_weights_give_the_official_hidden_states(name: str) -> None:
     checkpoint, tensors = official(name)
@@ -69,14 +65,14 @@ def test_fairseq_there_and_back(name: str, rows: list[int]) -> None:
     checkpoint, _ = official(name)
     imported = interop.from_pt(checkpoint)
     exported = interop.to_s3prl(trained(imported, checkpoint, rows))
-    assert same(exported["model_weight"], checkpoint["model"])
+    assert same_tensors(exported["model_weight"], checkpoint["model"])
     # Four special symbols precede the clusters, and every row of the table has its symbol.
     assert [len(symbols) for symbols in exported["dictionaries_symbols"]] == [count + 4 for count in rows]
     assert sum(count + 4 for count in rows) == len(checkpoint["model"]["label_embs_concat"])
     again = interop.from_pt(exported)
     assert again.encoder_config == imported.encoder_config
-    assert same(again.encoder_state, imported.encoder_state)
-    assert same(again.head_state, imported.head_state)
+    assert same_tensors(again.encoder_state, imported.encoder_state)
+    assert same_tensors(again.head_state, imported.head_state)
 
 
 def test_a_checkpoint_from_before_fairseqs_cfg() -> None:
@@ -109,7 +105,7 @@ def test_transformers_there_and_back(large: bool, tmp_path: Path) -> None:
     imported = interop.from_huggingface(read_huggingface(tmp_path / "theirs"))
     state = {f"encoder.{key}": value for key, value in imported.encoder_state.items()}
     exported = interop.to_huggingface(TrainedMethod("hubert", {"encoder": imported.encoder_config}, state))
-    assert same(exported.tensors, dict(theirs.state_dict()))
+    assert same_tensors(exported.tensors, dict(theirs.state_dict()))
     write_huggingface(tmp_path / "ours", exported)
     again = HubertModel.from_pretrained(tmp_path / "ours")
     # Regularisation and shape return as they were; masking is switched off on purpose.

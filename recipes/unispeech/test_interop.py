@@ -8,14 +8,12 @@ import pytest
 import s3prl_compat  # noqa: F401  (must come before s3prl)
 import torch
 import transformers
-from recipe_checks import assert_same_states, hidden_states, perturb, two_waveforms, write_checkpoint
+from recipe_checks import assert_same_states, hidden_states, perturb, same_tensors, two_waveforms, write_exports
 from s3prl.nn import S3PRLUpstream
-from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import compose_recipe, typed
 from pretrain.method import TargetInfo
-from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.types import InteropError
 from pretrain.weights.read import initialise, load_head, load_trained, read_weights
 from recipes.unispeech import interop
@@ -34,15 +32,7 @@ def small() -> UniSpeechMethod:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint and its three exports, by format."""
     folder = tmp_path_factory.mktemp("unispeech")
-    paths = {"checkpoint": write_checkpoint(folder / "run", small())}
-    for form, output in (("native", "export"), ("s3prl", "unispeech.pt"), ("huggingface", "hf")):
-        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
-        paths[form] = folder / output
-    return paths
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return write_exports(folder, small())
 
 
 def test_the_ctc_head_travels_with_a_native_export(exports: dict[str, Path]) -> None:
@@ -51,7 +41,7 @@ def test_the_ctc_head_travels_with_a_native_export(exports: dict[str, Path]) -> 
     for source in (exports["native"], exports["checkpoint"]):
         head = load_head(source, "ctc_proj")
         assert not head.training
-        assert same(head.state_dict(), trained.state_dict())
+        assert same_tensors(head.state_dict(), trained.state_dict())
     assert (exports["native"] / "heads.safetensors").is_file()
     with pytest.raises(InteropError, match=r"export: holds no head 'ctc'; known: ctc_proj"):
         load_head(exports["native"], "ctc")
@@ -63,7 +53,7 @@ def test_s3prls_wav2vec2_client_agrees(exports: dict[str, Path]) -> None:
     for samples in (27_200, 16_079, 16_081, 800):
         assert_same_states(ours, theirs, waveforms[:1, :samples], torch.tensor([samples]))
     written = torch.load(exports["s3prl"], weights_only=True)["model_weight"]
-    assert same(written, dict(theirs.upstream.model.state_dict()))
+    assert same_tensors(written, dict(theirs.upstream.model.state_dict()))
 
 
 def test_transformers_class_loads_every_tensor_and_agrees(exports: dict[str, Path]) -> None:
@@ -108,8 +98,8 @@ def test_the_official_layout_is_read() -> None:
     args = model | task | {"arch": "unispeech", "transpose": True}
     imported = interop.from_pt({"args": args, "model": official})
     assert imported.encoder_config == config
-    assert same(imported.encoder_state, dict(method.encoder.state_dict()))
-    assert same(imported.head_state, heads)
+    assert same_tensors(imported.encoder_state, dict(method.encoder.state_dict()))
+    assert same_tensors(imported.head_state, heads)
     with pytest.raises(InteropError, match="transpose"):
         interop.from_pt({"args": args | {"transpose": False}, "model": official})
     with pytest.raises(InteropError, match="'hubert' is not a UniSpeech model"):

@@ -17,7 +17,7 @@ from recipe_checks import (
     train_recipe,
     two_waveforms,
     value,
-    write_checkpoint,
+    write_exports,
 )
 from s3prl.nn import S3PRLUpstream
 from transformers import AutoModelForPreTraining
@@ -26,7 +26,6 @@ from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer a
 from pretrain import Upstream
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.quantizers import gumbel
-from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.files import read_huggingface, read_torch
 from recipes.wav2vec2 import interop
 from recipes.wav2vec2.method import Wav2Vec2Method
@@ -53,11 +52,7 @@ def small(pos_enc_type: str) -> Wav2Vec2Method:
 def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint and its three exports, by format."""
     folder = tmp_path_factory.mktemp(request.param)
-    paths = {"checkpoint": write_checkpoint(folder / "run", small(request.param))}
-    for form, output in (("native", "export"), ("s3prl", "wav2vec2.pt"), ("huggingface", "hf")):
-        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
-        paths[form] = folder / output
-    return paths
+    return write_exports(folder, small(request.param))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -18,14 +18,14 @@ from recipe_checks import (
     load_fixture,
     method_state,
     perturb,
+    same_tensors,
     two_waveforms,
-    write_checkpoint,
+    write_exports,
 )
 from s3prl.nn import S3PRLUpstream
 from torch import Tensor
 
 from pretrain import Upstream
-from pretrain.weights.export import ExportConfig, export
 from pretrain.weights.interop.files import read_huggingface, write_huggingface
 from pretrain.weights.interop.types import InteropError, TrainedMethod
 from pretrain.weights.read import initialise, read_weights
@@ -47,21 +47,13 @@ def official() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"cfg": {"model": facts["config"], "task": {"normalize": False}}, "model": group(tensors, "state")}, tensors
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
 @pytest.fixture(scope="module", params=FORMS)
 def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint and its three exports, by format."""
     folder = tmp_path_factory.mktemp(request.param)
     method = build("wav2vec2_tiny", *FORMS[request.param])
     perturb(method)
-    paths = {"checkpoint": write_checkpoint(folder / "run", method)}
-    for form, output in (("native", "export"), ("s3prl", "wav2vec2.pt"), ("huggingface", "hf")):
-        export(ExportConfig(str(paths["checkpoint"]), str(folder / output), form))
-        paths[form] = folder / output
-    return paths
+    return write_exports(folder, method)
 
 
 def test_official_weights_give_the_official_hidden_states() -> None:
@@ -84,11 +76,11 @@ def test_fairseq_there_and_back() -> None:
     config = {**model, "encoder": imported.encoder_config, "latent_dim": 12, "mask_prob": 0.65, "mask_length": 10}
     state = method_state(imported)
     exported = interop.to_s3prl(TrainedMethod("wav2vec2", config, state))
-    assert same(exported["model_weight"], checkpoint["model"])
+    assert same_tensors(exported["model_weight"], checkpoint["model"])
     again = interop.from_pt(exported)
     assert again.encoder_config == imported.encoder_config
-    assert same(again.encoder_state, imported.encoder_state)
-    assert same(again.head_state, imported.head_state)
+    assert same_tensors(again.encoder_state, imported.encoder_state)
+    assert same_tensors(again.head_state, imported.head_state)
     flat = model | {"arch": "wav2vec2", "normalize": True}
     old = interop.from_pt({"args": flat, "model": checkpoint["model"]})
     assert old.encoder_config == imported.encoder_config | {"normalize": True}
@@ -108,7 +100,7 @@ def test_s3prls_client_agrees(exports: dict[str, Path]) -> None:
 def test_s3prls_model_holds_exactly_our_tensors(exports: dict[str, Path]) -> None:
     written = torch.load(exports["s3prl"], weights_only=True)["model_weight"]
     loaded = S3PRLUpstream("wav2vec2_local", str(exports["s3prl"])).upstream.model.state_dict()
-    assert same(written, dict(loaded))
+    assert same_tensors(written, dict(loaded))
 
 
 def test_transformers_classes_load_every_tensor_and_agree(exports: dict[str, Path]) -> None:
@@ -116,7 +108,7 @@ def test_transformers_classes_load_every_tensor_and_agree(exports: dict[str, Pat
         exports["huggingface"], output_loading_info=True
     )
     assert not any(info.values())
-    assert same(dict(pretraining.state_dict()), read_huggingface(exports["huggingface"]).tensors)
+    assert same_tensors(dict(pretraining.state_dict()), read_huggingface(exports["huggingface"]).tensors)
     base = transformers.Wav2Vec2Model.from_pretrained(exports["huggingface"]).eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(exports["huggingface"])
     ours = Upstream("wav2vec2", str(exports["native"]))
@@ -147,7 +139,7 @@ def test_training_goes_on_from_every_export_that_keeps_the_heads(exports: dict[s
         done = initialise(method, str(exports[source]), "keep")
         assert done[-1] == f"head: {len(trained.head_state)} tensors kept"
         expected = method_state(trained)
-        assert same(dict(method.state_dict()), expected)
+        assert same_tensors(dict(method.state_dict()), expected)
     # transformers keeps regularisation and shape as well.
     config = read_weights(exports["huggingface"]).encoder_config
     assert config == trained.encoder_config | {"feature_grad_mult": 1.0}
@@ -197,7 +189,7 @@ def test_transformers_there_and_back(tmp_path: Path) -> None:
     written = interop.to_huggingface(TrainedMethod("wav2vec2", asdict(method.config), method.state_dict()))
     write_huggingface(tmp_path / "ours", written)
     again = interop.from_huggingface(read_huggingface(tmp_path / "ours"))
-    assert same(again.encoder_state, dict(method.encoder.state_dict()))
+    assert same_tensors(again.encoder_state, dict(method.encoder.state_dict()))
     theirs = transformers.Wav2Vec2ForPreTraining.from_pretrained(tmp_path / "ours").config
     names = {"num_codevectors_per_group": 40, "codevector_dim": 64, "proj_codevector_dim": 64, "num_negatives": 50}
     assert {name: getattr(theirs, name) for name in names} == names

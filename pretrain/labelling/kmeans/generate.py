@@ -168,7 +168,7 @@ def describe(report: dict[str, Any]) -> str:
 def ensure_mfcc_labels(data_dir: Path, output: Path, clusters: int = 100) -> Path:
     """Labels of k-means on MFCC for `data_dir` in `output`; made unless a directory of them is there already.
 
-    Call it on all world. Returns `output`.
+    Call it on all ranks. Returns `output`.
     """
     with labelling_world() as world:
         fresh = world.from_main(lambda: is_current(output, data_dir, clusters))

@@ -84,7 +84,7 @@ class SplitTally:
 def generate_tokens(options: TokenOptions) -> dict[str, Any]:
     """Tokenize the splits of `options.data.dir` and write the token directory; returns the report.
 
-    Runs alone or on all of torchrun's world. Raises LabelError for an output that exists and for options that do not
+    Runs alone or on all of torchrun's ranks. Raises LabelError for an output that exists and for options that do not
     go together, InteropError for an unreadable checkpoint, StreamError where too many files are unreadable.
     """
     return tokenize(_source(options), options.data, options.output, options.overwrite)
@@ -93,7 +93,7 @@ def generate_tokens(options: TokenOptions) -> dict[str, Any]:
 def ensure_kmeans_tokens(data_dir: Path, output_dir: Path, clusters: int) -> Path:
     """Tokens of `data_dir` by k-means on its MFCC, under `output_dir`; made unless they are there already.
 
-    Call it on all world. Returns the token directory.
+    Call it on all ranks. Returns the token directory.
     """
     labels = ensure_mfcc_labels(data_dir, output_dir / f"sample_mfcc{clusters}", clusters)
     output = output_dir / f"sample_tokens{clusters}"
