@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.losses.regression import mean_deviation
 from pretrain.method import Batch
 from pretrain.weights.interop.speech_encoder import config_to_fairseq
 from recipes.data2vec.interop import FIXED_OPTIONS, OPTIONS
@@ -35,6 +36,8 @@ class S3prlData2Vec(nn.Module):
             SimpleNamespace(ema_decay=config.ema_decay, ema_fp32=True),
             skip_keys=copied if config.ema_layers_only else set(),
         )
+        # Inside a process group theirs works on a GPU, which may be absent; the loss does not depend on it.
+        self.model.compute_var = mean_deviation
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch without padding."""
