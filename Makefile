@@ -7,6 +7,9 @@ JOBS ?= 2
 # Two workers with a thread each; idle threads must not spin on a machine with few cores.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
+# Container images set it; with it every process compiles all of torch's Python files again, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv installs several times faster than pip, but does not read pip's configuration (mirrors, local wheels).
 install = echo "Installing $(1) into .venv"; \
 	$(BIN)/python -m uv pip install --python $(BIN)/python --system-certs --editable "$(1)" \
