@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -46,11 +47,17 @@ def compose_recipe(recipe: str, overrides: list[str] | None = None) -> dict[str,
 
 
 def _compose(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    return deepcopy(_composed(CONF_DIR, recipe, tuple(overrides)))
+
+
+@cache
+def _composed(conf_dir: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Composed once for each question, since Hydra takes a quarter of a second."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir), version_base="1.3"):
         config = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
     values = plain_mapping(config)
     values.pop("hydra")
@@ -71,7 +78,7 @@ def check_overrides(arguments: list[str]) -> list[str]:
     recipe = pairs["recipe"]
     if recipe not in recipe_names():
         raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
-    in_yaml = _yaml_keys(CONF_DIR, recipe)
+    in_yaml = _flat_keys(_compose(recipe, []))
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
     return [
         _as_hydra_takes(argument, pairs, in_yaml, groups) if _is_override(argument) else argument
@@ -83,7 +90,7 @@ def _is_override(argument: str) -> bool:
     return "=" in argument and argument[0] not in "-~"
 
 
-def _as_hydra_takes(argument: str, pairs: dict[str, str], in_yaml: frozenset[str], groups: set[str]) -> str:
+def _as_hydra_takes(argument: str, pairs: dict[str, str], in_yaml: set[str], groups: set[str]) -> str:
     name, value = argument.lstrip("+").split("=", 1)
     if name in groups or name.startswith("hydra."):
         return argument
@@ -95,12 +102,6 @@ def _as_hydra_takes(argument: str, pairs: dict[str, str], in_yaml: frozenset[str
         if name not in known:
             raise ConfigError(f"{name}: no such option; {nearest(name, sorted(known))}")
     return f"++{name}={value}"
-
-
-@cache
-def _yaml_keys(conf_dir: Path, recipe: str) -> frozenset[str]:
-    """The options that stand in the YAML of a recipe below `conf_dir`, by dotted name; blocks are among them."""
-    return frozenset(_flat_keys(_compose(recipe, [])))
 
 
 def _typed_keys(recipe: str, method_name: str | None, schedule_name: str | None) -> set[str]:
@@ -130,6 +131,7 @@ def _own_fields(cls: type, prefix: str) -> set[str]:
 
 
 def _flat_keys(values: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of nested mappings by dotted name; those of the mappings themselves are among them."""
     keys = set()
     for key, value in values.items():
         keys |= {f"{prefix}{key}"} | (_flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set())

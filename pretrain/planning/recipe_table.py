@@ -7,14 +7,14 @@ and the sentence that begins with "Source:".
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import torch
 import yaml
 
-from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_names, typed_method
+from pretrain.config import CONF_DIR, ConfigError, compose_recipe, recipe_method_block, recipe_names, typed_method
 from pretrain.registry import RECIPES_DIR, load_method, method_names
 
 BEGIN, END = "<!-- recipes: written by make table -->", "<!-- end of recipes -->"
@@ -58,12 +58,21 @@ class Recipe:
 
 def recipes() -> list[Recipe]:
     """Every recipe: published ones by method and name, each after its aliases."""
-    found = [read_recipe(name) for name in recipe_names()]
-    return sorted(found, key=lambda recipe: (recipe.method, recipe.alias_of or recipe.name, recipe.alias_of is None))
+    found: dict[str, Recipe] = {}
+    for name in recipe_names():
+        chain = [name]  # an alias, the recipe that it renames, which may be an alias too, ...
+        while original := _alias_of(CONF_DIR / "recipe" / f"{chain[-1]}.yaml"):
+            chain.append(original)
+        if chain[-1] not in found:
+            found[chain[-1]] = read_recipe(chain[-1])
+        found |= {one: replace(found[chain[-1]], name=one, alias_of=renamed) for one, renamed in pairwise(chain)}
+    return sorted(
+        found.values(), key=lambda recipe: (recipe.method, recipe.alias_of or recipe.name, recipe.alias_of is None)
+    )
 
 
 def read_recipe(name: str) -> Recipe:
-    """Compose one recipe, count its encoder's parameters without memory for them, and read its comment."""
+    """Compose a recipe that is no alias, count its encoder's parameters on no memory, and read its comment."""
     path = CONF_DIR / "recipe" / f"{name}.yaml"
     comment, config = _head_comment(path), compose_recipe(name)
     method_class = load_method(config["method"]["name"]).Method
@@ -71,7 +80,7 @@ def read_recipe(name: str) -> Recipe:
         encoder = method_class(typed_method(method_class.Config, config["method"])).encoder
     return Recipe(
         name=name,
-        alias_of=_alias_of(path),
+        alias_of=None,
         method=config["method"]["name"],
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         about=_about(comment),
@@ -123,7 +132,7 @@ def _methods() -> list[list[str]]:
     names: dict[str, list[str]] = {}
     for name in recipe_names():
         if _alias_of(CONF_DIR / "recipe" / f"{name}.yaml") is None:
-            names.setdefault(compose_recipe(name)["method"]["name"], []).append(f"`{name}`")
+            names.setdefault(recipe_method_block(name)["name"], []).append(f"`{name}`")
     rows = []
     for method in sorted(names):
         readme = RECIPES_DIR / method / "README.md"
