@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,19 +30,9 @@ TINY = [name for name in recipe_names() if name.endswith("_tiny")]
 ALIASES = [name for name in recipe_names() if len((CONF_DIR / "recipe" / f"{name}.yaml").read_text().split("\n")) <= 3]
 
 
-@cache
-def _composed(recipe: str) -> dict[str, Any]:
-    return compose_recipe(recipe)
-
-
-def composed(recipe: str) -> dict[str, Any]:
-    """The configuration of `recipe`, composed once for all tests of this file; free to be changed."""
-    return deepcopy(_composed(recipe))
-
-
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_composes_types_and_builds(recipe: str) -> None:
-    values = composed(recipe)
+    values = compose_recipe(recipe)
     values["data"]["dir"] = "somewhere"
     config = run_config(values)
     build_schedule(config.schedule)
@@ -72,7 +59,7 @@ def _is_published(recipe: str) -> bool:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_an_encoder_is_built_again_from_its_config(recipe: str) -> None:
-    block = composed(recipe)["method"]
+    block = compose_recipe(recipe)["method"]
     package = load_method(block["name"])
     method_config = typed_method(package.Method.Config, block)
     with torch.device("meta"):
@@ -89,7 +76,7 @@ def test_an_alias_is_a_file_of_two_lines(recipe: str) -> None:
     match = re.fullmatch(r"defaults: \[(\w+)\]", second)
     assert match, second
     assert end == ""
-    original, alias = composed(match[1]), composed(recipe)
+    original, alias = compose_recipe(match[1]), compose_recipe(recipe)
     assert original.pop("recipe") != alias.pop("recipe")
     assert original == alias
 
@@ -126,8 +113,8 @@ def test_every_published_name_of_a_method_that_is_here(shared_dir: Path) -> None
 
 
 def test_every_method_has_a_tiny_recipe() -> None:
-    methods = {composed(name)["method"]["name"] for name in recipe_names()}
-    assert {composed(name)["method"]["name"] for name in TINY} == methods
+    methods = {compose_recipe(name)["method"]["name"] for name in recipe_names()}
+    assert {compose_recipe(name)["method"]["name"] for name in TINY} == methods
 
 
 @pytest.fixture(scope="module")
