@@ -152,6 +152,16 @@ class Counts(NamedTuple):
         return Counts(torch.zeros_like(self.counts))
 
 
+class SumOfRatios(NamedTuple):
+    """A metric that is a sum of ratios over different units; a ratio of no units adds nothing."""
+
+    ratios: tuple[Ratio, ...]
+
+    def nothing(self) -> SumOfRatios:
+        """The same metric of no units at all, for a rank that has no batch of its own."""
+        return SumOfRatios(tuple(ratio.nothing() for ratio in self.ratios))
+
+
 class Predictions(NamedTuple):
     """A metric that is no ratio: an average precision, an equal error rate.
 
@@ -168,7 +178,7 @@ class Predictions(NamedTuple):
         return Predictions(self.predictions[:0], self.targets[:0], self.score)
 
 
-Metric = Ratio | Counts | Predictions
+Metric = Ratio | SumOfRatios | Counts | Predictions
 
 
 class StepOutput(NamedTuple):
@@ -193,8 +203,12 @@ class StepOutput(NamedTuple):
     other_losses: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
 
     def reported(self, batch: Batch) -> dict[str, Metric]:
-        """The metrics, and `loss`: all terms per unit of this micro-batch."""
-        return {"loss": Ratio(self.total(batch).detach(), batch.sample_size), **self.metrics}
+        """The metrics, and `loss`: what is trained per unit, each term over its own units."""
+        if not self.other_losses:
+            return {"loss": Ratio(self.total(batch).detach(), batch.sample_size), **self.metrics}
+        own = Ratio(self._replace(other_losses={}).total(batch).detach(), batch.sample_size)
+        others = [Ratio(loss.detach(), batch.other_sizes[name]) for name, loss in sorted(self.other_losses.items())]
+        return {"loss": SumOfRatios((own, *others)), **self.metrics}
 
     def total(self, batch: Batch, ratios: dict[str, Tensor] | None = None) -> Tensor:
         """() float32, all terms as one sum over `batch.sample_size` units.

@@ -10,14 +10,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import ROOT
 from small_method import SmallMethod, engine_of, plain, train
 from two_ranks import load, save
 
-from pretrain.config import with_defaults
+from pretrain.config import recipe_method_block, with_defaults
+from pretrain.registry import load_method
 from pretrain.training import checkpoint
 from pretrain.training.checkpoint import (
     CheckpointError,
@@ -26,8 +27,10 @@ from pretrain.training.checkpoint import (
     find_resumable,
     newest_checkpoint,
     run_lock,
+    set_aside_damaged,
 )
 from pretrain.training.engine import Engine
+from pretrain.training.setup import _changed_rules, _completed
 from pretrain.world import World
 
 # With `--dist loadgroup` one worker launches the two ranks for this file and test_engine.py.
@@ -129,6 +132,28 @@ def test_nothing_is_found_where_nothing_is_complete(tmp_path: Path, run: Path, w
     found, passed_over = find_resumable(run, world)
     assert found is None
     assert len(passed_over) == 2
+
+
+def test_damaged_checkpoints_take_no_place_among_the_newest(run: Path, engine: Engine, world: World) -> None:
+    """What was resumed from, and what is written then, stay: newer ones that are damaged are set aside first."""
+    assert save(run, engine, world, 12, keep=3) is None
+    cut(run / "checkpoints" / "step_00000002" / "model.safetensors")
+    cut(run / "checkpoints" / "step_00000012" / "model.safetensors")
+    found, _ = find_resumable(run, world)
+    set_aside_damaged(run, found)
+    assert names(run) == ["step_00000001", "step_00000002.damaged", "step_00000012.damaged"]
+    assert save(run, engine, world, 3, keep=2) is None
+    assert [name for name in names(run) if not name.endswith(".damaged")] == ["step_00000001", "step_00000003"]
+    assert newest(run) == "step_00000003"
+
+
+def test_a_run_without_any_whole_checkpoint_does_not_begin_anew(run: Path, world: World) -> None:
+    for step in (1, 2):
+        cut(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"none of step_00000001, step_00000002 is whole; restore one of them"):
+        set_aside_damaged(run, find_resumable(run, world)[0])
+    assert names(run) == ["step_00000001", "step_00000002"]
+    set_aside_damaged(run / "absent", None)
 
 
 def test_folders_of_other_names_are_ignored(run: Path, engine: Engine, world: World) -> None:
@@ -265,6 +290,50 @@ def test_fields_that_a_checkpoint_lacks_count_as_their_defaults(tmp_path: Path) 
         "kind": "plain",
         "sizes": [1, 2],
     }
+
+
+@dataclass
+class Chosen:
+    """A block that has kinds, one of which got a field."""
+
+    kind: str
+    VARIANTS: ClassVar[dict[str, type]] = {}
+
+
+@dataclass
+class Wide(Chosen):
+    """The kind with the later field."""
+
+    width: int = 3
+
+
+def test_a_field_that_a_kind_of_block_lacks_counts_as_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chosen, "VARIANTS", {"wide": Wide})
+    assert with_defaults(Chosen, {"kind": "wide"}) == {"kind": "wide", "width": 3}
+    assert with_defaults(Chosen, {"kind": "unknown"}) == {"kind": "unknown"}
+
+
+def test_a_block_of_a_former_shape_is_that_of_the_run_which_resumes(tmp_path: Path) -> None:
+    """vq-wav2vec's quantizer was flat once; its checkpoints are read so too (`Wav2VecConfig.upgraded`)."""
+    block = recipe_method_block("vq_wav2vec_tiny")
+    training, old = block["quantizer_training"], {k: v for k, v in block.items() if k != "quantizer_training"}
+    old |= {name: training.get(name) for name in ("vq_temp", "diversity_loss_weight", "vq_gamma", "kmeans_loss_weight")}
+    old |= {"kmeans_init_std": None}
+    method = load_method("wav2vec").Method
+    present = _completed({"method": block}, method)
+    check_identity(_completed({"method": old}, method), present, tmp_path)
+    with pytest.raises(CheckpointError, match="method: was"):
+        check_identity(_completed({"method": old | {"diversity_loss_weight": 0.5}}, method), present, tmp_path)
+
+
+def test_a_resumed_run_says_which_rules_changed() -> None:
+    before = {"optimizer": {"name": "adam", "lr": 0.1}, "schedule": {"name": "linear"}}
+    assert _changed_rules(before, before) == []
+    now = {"optimizer": {"name": "adamw", "lr": 0.1}, "schedule": {"name": "linear", "power": 2}}
+    assert _changed_rules(before, now) == [
+        "optimizer.name: was adam, is adamw from this update on",
+        "schedule.power: was None, is 2 from this update on",
+    ]
 
 
 def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:

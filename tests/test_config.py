@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -153,6 +154,12 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
             {"optimizer": TINY["optimizer"] | {"name": "sgd"}},
             r"optimizer\.name: unknown optimiser 'sgd'; known: adam, adamw",
         ),
+        ({"optimizer": TINY["optimizer"] | {"lr": -1.0}}, r"optimizer\.lr: -1; give 0 or a positive number"),
+        ({"optimizer": TINY["optimizer"] | {"lr": math.nan}}, r"optimizer\.lr: nan; give 0 or a positive number"),
+        ({"optimizer": TINY["optimizer"] | {"clip_norm": math.inf}}, r"optimizer\.clip_norm: inf; give 0"),
+        ({"optimizer": TINY["optimizer"] | {"eps": 0.0}}, r"optimizer\.eps: 0; give a positive number"),
+        ({"optimizer": TINY["optimizer"] | {"betas": [0.9]}}, r"optimizer\.betas: \[0\.9\]; give two numbers"),
+        ({"optimizer": TINY["optimizer"] | {"betas": [0.9, 1.0]}}, r"optimizer\.betas: \[0\.9, 1\.0\]; give two"),
         ({"precision": "fp8"}, r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
         ({"init_head": "drop"}, r"init_head: 'drop' is not one of keep, reset"),
         ({"method": {}}, r"method\.name: missing; choose a recipe"),

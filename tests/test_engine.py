@@ -30,7 +30,7 @@ from small_method import (
 from two_ranks import CHANGES, STAGES, conformer_run, continued, load, save
 
 from pretrain.config import ConfigError, OptimizerConfig
-from pretrain.method import Batch, StepOutput
+from pretrain.method import Batch, Progress, StepOutput
 from pretrain.training.adam import SkippableAdam
 from pretrain.training.engine import Engine
 from pretrain.world import World
@@ -191,6 +191,36 @@ def test_units_of_a_further_loss_that_are_missing_are_named() -> None:
     output = StepOutput(torch.tensor(1.0), {}, other_losses={"speakers": torch.tensor(2.0)})
     with pytest.raises(TypeError, match=r"the units of \['speakers'\] are missing in the collator's other_sizes"):
         output.total(micro_batch(0, 0))
+
+
+class TwoGroups(SmallMethod):
+    """The small method, whose groups are active at every update: nothing should change."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{**group, "active": lambda progress: True} for group in super().parameter_groups()]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_groups_that_are_always_active_train_as_in_plain_torch(world: World, name: str, stage: int) -> None:
+    """Decay included, which in Adam is a part of the gradient, and must not reach the moments before the first."""
+    config = OptimizerConfig(name, 1e-2, [0.9, 0.98], 1e-6, 0.1, 0.0)
+    engine = Engine(TwoGroups(), config, {"zero_optimization": {"stage": stage}}, "fp32", world.device)
+    assert all(not moment.any() for _, moment in engine.optimizer_state())
+    plain_method = SmallMethod()
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    theirs = kind(plain_method.parameter_groups(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for step in (1, 3):
+        engine.begin_update(Progress(step, UPDATES, 1))
+        for parameter in plain_method.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # an idle parameter decays all the same
+        for index in range(4):
+            engine.backward(engine.forward(micro_batch(step, index)).loss / 20, last=index == 3)
+            (plain_method(micro_batch(step, index)).loss / 20).backward()
+        engine.step(1e-2, torch.zeros(()))
+        theirs.step()
+    for key, value in engine.weights(keep=True).items():
+        torch.testing.assert_close(value, plain_method.state_dict()[key], rtol=1e-5, atol=1e-6)
 
 
 class Given(StepsOnly):

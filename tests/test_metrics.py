@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
+from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.method import Counts, Ratio
+from pretrain.method import Batch, Counts, Predictions, Ratio, StepOutput
 from pretrain.training.metrics import Accumulator, Reporter, Throughput
 from pretrain.world import World
 
@@ -53,6 +56,37 @@ def test_a_refused_update_leaves_no_trace(world: World) -> None:
     metrics.add({"loss": ratio(3.0, 1.0)})
     metrics.commit()
     assert metrics.reduce()[0] == {"loss": 2.0}
+
+
+# Units of the loss and of a further one, and their sums, by micro-batch.
+PARTS = {
+    "both in one": [((10, 1), (10.0, 6.0)), ((30, 0), (30.0, 0.0))],
+    "each in its own": [((10, 0), (10.0, 0.0)), ((0, 2), (0.0, 10.0))],
+    "one alone": [((10, 0), (5.0, 0.0)), ((10, 0), (5.0, 0.0))],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_the_loss_is_every_term_over_its_own_units(world: World, parts: list[Any]) -> None:
+    """As it is trained, in an update and over a validation, with the mean that each micro-batch weighs by its units."""
+    metrics = Accumulator()
+    for (units, others), (loss, other) in parts:
+        one = torch.ones(1, dtype=torch.int64)
+        batch = Batch(torch.zeros(1, 1), one, units, one, other_sizes={"ctc": others})
+        output = StepOutput(torch.tensor(loss), {}, torch.tensor(0.5), {"ctc": torch.tensor(other)})
+        metrics.add(output.reported(batch))
+    metrics.commit()
+    (units, others), (loss, other) = (np.sum([part[i] for part in parts], axis=0) for i in (0, 1))
+    assert metrics.reduce()[0]["loss"] == pytest.approx(loss / units + 0.5 + (other / others if others else 0.0))
+
+
+def test_predictions_in_half_precision_are_scored(world: World) -> None:
+    metrics, truth = Accumulator(validation=True), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    scores = torch.tensor([0.25, 0.75, 0.5, 0.625])
+    metrics.add({"auc": Predictions(scores.bfloat16(), truth.bfloat16(), lambda p, t: float(roc_auc_score(t, p)))})
+    metrics.commit()
+    assert metrics.reduce()[0] == {"auc": roc_auc_score(truth, scores)}
+    assert metrics.names == {"auc"}
 
 
 @pytest.mark.parametrize("value", [0.5, torch.tensor(0.5), Ratio(0.5, 1.0)])

@@ -107,6 +107,9 @@ def test_every_schedule_begins_at_its_peak_without_a_warmup(name: str) -> None:
     assert all(0 <= schedule.factor(n) <= 1 for n in range(25))
 
 
+SHORT = {"warmup_updates": 2, "total_updates": 4}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -117,6 +120,11 @@ def test_every_schedule_begins_at_its_peak_without_a_warmup(name: str) -> None:
         ({"name": "linear", "warmup_updates": 5, "total_updates": 4}, r"shorten schedule\.warmup_updates"),
         ({"name": "linear", "warmup_updates": 0, "total_updates": 0}, r"schedule: need"),
         ({"name": "linear", "warmup_updates": "many", "total_updates": 4}, r"schedule\.warmup_updates"),
+        ({"name": "polynomial", **SHORT, "power": math.nan}, r"schedule\.power: nan; give a positive number"),
+        ({"name": "polynomial", **SHORT, "end_factor": -0.1}, r"schedule\.end_factor: -0\.1 is no share of the peak"),
+        ({"name": "cosine", **SHORT, "init_factor": 1.5}, r"schedule\.init_factor: 1\.5 is no share of the peak"),
+        ({"name": "tri_stage", **SHORT, "final_factor": 0.0}, r"schedule\.final_factor: 0 is no end"),
+        ({"name": "tri_stage", **SHORT, "hold_updates": 3}, r"schedule\.hold_updates: 3; give 0 to 2"),
     ],
 )
 def test_wrong_schedules_are_refused(values: dict[str, Any], message: str) -> None:

@@ -143,4 +143,5 @@ def test_the_best_checkpoint_is_kept(data: Path, world: World, tmp_path: Path) -
             trainer.fit()
     assert trainer.state.best == {}  # no checkpoint is there that could be the best one
     with pytest.raises(CheckpointError, match=r"trainer\.keep_best: validation has no 'los'; did you mean loss"):
-        train(data, tmp_path / "wrong", 1, "trainer.keep_best=los")
+        train(data, tmp_path / "wrong", 3, "trainer.keep_best=los", "trainer.validate_every=3")
+    assert metrics(tmp_path / "wrong", "train/") == []  # it is said at the first update, when nothing is lost yet

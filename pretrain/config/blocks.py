@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in ("adam", "adamw"):
             raise ConfigError(f"optimizer.name: unknown optimiser '{self.name}'; known: adam, adamw")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas: {self.betas}; give two numbers from 0 to below 1")
+        if not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps: {self.eps:g}; give a positive number")
+        for name in ("lr", "weight_decay", "clip_norm"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}: {getattr(self, name):g}; give 0 or a positive number")
 
 
 @dataclass

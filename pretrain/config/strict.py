@@ -157,6 +157,8 @@ def with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     A field without a default stays absent, and values that `cls` does not know stay as they are: this completes what
     was written before a field existed, and refuses nothing.
     """
+    if values.get("kind") in variants(cls):
+        cls = variants(cls)[values["kind"]]
     completed, hints = dict(values), get_type_hints(cls)
     for f in fields(cls):
         nested = nested_class(hints[f.name])

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -121,18 +122,23 @@ def _own_moments(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
 def new_best(state: RunState, trainer: TrainerConfig, values: dict[str, float]) -> dict[str, Any] | None:
     """The next `RunState.best` where the validation's `trainer.keep_best` is the best so far, None where it is not.
 
-    Raises CheckpointError, with the names that there are, where the validation has no such metric.
+    Raises CheckpointError as `check_metric`.
     """
     metric = trainer.keep_best
     if metric is None:
         return None
-    if metric not in values:
-        raise CheckpointError(f"trainer.keep_best: validation has no '{metric}'; {nearest(metric, list(values))}")
+    check_metric(metric, values)
     value, sign = values[metric], -1 if trainer.keep_best_maximize else 1
     known = state.best.get("metric") == metric
     if math.isnan(value) or (known and sign * value >= sign * state.best["value"]):
         return None
     return {"metric": metric, "value": value, "step": state.step}
+
+
+def check_metric(metric: str, names: Collection[str]) -> None:
+    """Raise CheckpointError, with the nearest of `names`, where the validation has no such metric."""
+    if metric not in names:
+        raise CheckpointError(f"trainer.keep_best: validation has no '{metric}'; {nearest(metric, sorted(names))}")
 
 
 def _publish(folder: Path, final: Path, files: dict[str, dict[str, Any]], keep: int, best: str | None) -> str | None:
@@ -211,6 +217,24 @@ def find_resumable(run_dir: Path, world: World) -> tuple[Path | None, list[str]]
     return None, passed_over
 
 
+def set_aside_damaged(run_dir: Path, found: Path | None) -> None:
+    """Rename the checkpoints newer than `found`, which did not verify, to `step_N.damaged`; for one process.
+
+    So they take no place among the newest ones, which are kept. Raises CheckpointError, and leaves everything as it is,
+    where there are checkpoints and none verified (`found` None): to begin anew in silence would lose the run.
+    """
+    steps = _steps(run_dir)
+    if found is None and steps:
+        raise CheckpointError(
+            f"{run_dir / 'checkpoints'}: none of {', '.join(step.name for step in steps)} is whole; restore one "
+            "of them from a copy, start under another name=, or remove that folder to begin anew"
+        )
+    for step in steps:
+        if found is not None and step.name > found.name:
+            shutil.rmtree(step.with_suffix(".damaged"), ignore_errors=True)
+            step.rename(step.with_suffix(".damaged"))
+
+
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The method's whole state."""
     return load_file(checkpoint / "model.safetensors")
@@ -222,6 +246,12 @@ def load_state(checkpoint: Path) -> RunState:
     if "adam_step" in values:  # checkpoints from before parameter groups could be inactive
         values["adam_steps"] = [values.pop("adam_step")]
     return RunState(**values)
+
+
+def load_config(checkpoint: Path) -> dict[str, Any]:
+    """The resolved configuration of the run that wrote a checkpoint."""
+    loaded: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    return loaded
 
 
 @contextmanager

@@ -148,11 +148,16 @@ class Engine:
         return [(name, p) for name, p in self.method.named_parameters() if p.requires_grad]
 
     def _make_moments(self) -> None:
-        """Let the optimiser allocate its state by a step at rate zero, which moves nothing."""
+        """Let the optimiser allocate its state, zeros, by a step at rate zero, which moves nothing."""
+        decays = [group["weight_decay"] for group in self._adam.param_groups]
+        for group in self._adam.param_groups:
+            group["weight_decay"] = 0.0  # Adam's L2 term is a part of the gradient, and would be in the moments
         parameters = [parameter for _, parameter in self._trained()]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3):
             self.backward(cast(Tensor, sum(p.sum() for p in parameters) * 0.0), last=True)
         self.step(0.0, torch.zeros_like(self._adam.found_inf))
+        for group, decay in zip(self._adam.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find every parameter's moments."""

@@ -20,16 +20,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain.data.audio import SAMPLE_RATE
-from pretrain.method import Counts, Metric, Predictions, Ratio, Role
+from pretrain.method import Counts, Metric, Predictions, Ratio, Role, SumOfRatios
 
 # bf16 matrix peaks in FLOP/s of the cards that we know; elsewhere no share of peak is shown.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12, "A6000": 155e12}
 
 
 class Accumulator:
-    """Sums of `Ratio` and `Counts` over micro-batches, committed per update and rolled back for a failed one.
+    """Sums of ratios and `Counts` over micro-batches, committed per update and rolled back for a failed one.
 
-    `roles` and `minima` have those of the metrics that state one, by name.
+    `roles` and `minima` have those of the metrics that state one, by name; `names` are those of the values that
+    `reduce` gives at validation.
 
     `Predictions` are gathered where `validation` says so, and left out elsewhere.
     """
@@ -42,28 +43,29 @@ class Accumulator:
         self._predictions: dict[str, list[Predictions]] = {}
         self.roles: dict[str, Role] = {}
         self.minima: dict[str, float] = {}
+        self.names: set[str] = set()
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add one micro-batch; nothing leaves the device but predictions at validation."""
         for name, value in metrics.items():
+            self.names |= {f"{name}_perplexity", f"{name}_used"} if isinstance(value, Counts) else {name}
             if isinstance(value, Predictions):
                 if self._validation:
-                    on_host = value.predictions.detach().float().cpu(), value.targets.detach().cpu()
-                    self._predictions.setdefault(name, []).append(Predictions(*on_host, value.score))
+                    self._predictions.setdefault(name, []).append(_on_host(value))
                 continue
-            if not isinstance(value, Ratio | Counts) or not isinstance(value[0], Tensor):
-                raise TypeError(f"metric {name}: give a Ratio, Counts or Predictions of tensors, not {value!r}")
             self._kinds[name] = type(value)
-            if isinstance(value, Ratio):
+            if isinstance(value, SumOfRatios):
+                value_sum = torch.stack([_sums(ratio) for ratio in value.ratios])
+            elif isinstance(value, Ratio) and isinstance(value.total, Tensor):
                 if value.role is not None:
                     self.roles[name] = value.role
                 if value.minimum is not None:
                     self.minima[name] = value.minimum
-                weight = torch.as_tensor(value.weight, dtype=torch.float64)
-                total = value.total.detach().double()
-                value_sum = torch.stack([total, weight.to(total.device, non_blocking=True)])
-            else:
+                value_sum = _sums(value)
+            elif isinstance(value, Counts) and isinstance(value.counts, Tensor):
                 value_sum = value.counts.detach().double()
+            else:
+                raise TypeError(f"metric {name}: give a Ratio, Counts or Predictions of tensors, not {value!r}")
             self._pending[name] = self._pending[name] + value_sum if name in self._pending else value_sum
 
     def commit(self) -> None:
@@ -87,8 +89,9 @@ class Accumulator:
         for name, value in sorted(self._committed.items()):
             dist.all_reduce(value)
             if self._kinds[name] is Ratio:
-                total, weight = value.tolist()
-                values[name] = total / weight if weight else math.nan
+                values[name] = _sum_of_quotients([value.tolist()])
+            elif self._kinds[name] is SumOfRatios:
+                values[name] = _sum_of_quotients(value.tolist())
             else:
                 histograms[name] = value.cpu()
                 share = histograms[name] / histograms[name].sum().clamp(min=1)
@@ -99,6 +102,24 @@ class Accumulator:
             values[name] = _score_of_all_ranks(parts)
         self._predictions = {}
         return values, histograms
+
+
+def _sums(ratio: Ratio) -> Tensor:
+    """(2,) float64: total and weight of one micro-batch, on the device of the total."""
+    total = ratio.total.detach().double()
+    weight = torch.as_tensor(ratio.weight, dtype=torch.float64)
+    return torch.stack([total, weight.to(total.device, non_blocking=True)])
+
+
+def _sum_of_quotients(sums: list[list[float]]) -> float:
+    """The sum of total / weight over those that have units; NaN where none has."""
+    return sum(total / weight for total, weight in sums if weight) if any(weight for _, weight in sums) else math.nan
+
+
+def _on_host(value: Predictions) -> Predictions:
+    """The same as numpy can hold it, which knows no bfloat16."""
+    predictions, targets = value.predictions.detach().float().cpu(), value.targets.detach()
+    return Predictions(predictions, (targets.float() if targets.is_floating_point() else targets).cpu(), value.score)
 
 
 def _score_of_all_ranks(parts: list[Predictions]) -> float:

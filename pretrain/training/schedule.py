@@ -28,6 +28,10 @@ class Schedule:
                 "when shortening a run, shorten schedule.warmup_updates with it"
             )
 
+        for name in ("init_factor", "end_factor", "final_factor"):
+            if not 0.0 <= getattr(self, name, 0.0) <= 1.0:
+                raise ConfigError(f"schedule.{name}: {getattr(self, name):g} is no share of the peak; give 0 to 1")
+
     def factor(self, update: int) -> float:
         """Share of the peak learning rate after `update` updates."""
         if update < self.warmup_updates:
@@ -61,6 +65,11 @@ class Polynomial(Schedule):
 
     power: float = 1.0
     end_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.power < math.inf:
+            raise ConfigError(f"schedule.power: {self.power:g}; give a positive number, 1 for a straight line")
 
     def decay(self, progress: float) -> float:
         return self.end_factor + (1.0 - self.end_factor) * (1.0 - progress) ** self.power
@@ -99,6 +108,16 @@ class TriStage(Schedule):
     hold_updates: int = 0
     init_factor: float = 0.01
     final_factor: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final_factor == 0.0:
+            raise ConfigError("schedule.final_factor: 0 is no end of an exponential decay; give a small number above 0")
+        if not 0 <= self.hold_updates <= self.total_updates - self.warmup_updates:
+            raise ConfigError(
+                f"schedule.hold_updates: {self.hold_updates}; give 0 to {self.total_updates - self.warmup_updates}, "
+                "which is what total_updates leaves behind warmup_updates"
+            )
 
     def factor(self, update: int) -> float:
         if update < self.warmup_updates:

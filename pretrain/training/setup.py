@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import BatchConfig, ConfigError, CropConfig, RunConfig, typed_method, with_defaults
+from pretrain.config import BatchConfig, ConfigError, CropConfig, RunConfig, typed_method, upgraded, with_defaults
 from pretrain.data.augment.augmenter import Augmenter, open_augmenter
 from pretrain.data.augment.options import AugmentError
 from pretrain.data.corpus import Corpus, open_corpus
@@ -44,6 +44,11 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     schedule = build_schedule(config.schedule)
     method_class, method_config, corpus = open_run(config)
     resolved = {**asdict(config), "method": asdict(method_config)}
+    if config.trainer.keep_best is not None and not corpus.valid:
+        raise ConfigError(
+            f"trainer.keep_best: {config.trainer.keep_best} is of the validation, and there are no validation data; "
+            "give the data a valid.tsv, or set trainer.keep_best=null"
+        )
     collator = method_class.collator(method_config)
     augmenter = open_augmentation(config, corpus, collator)
     reader = planned_reader(config, corpus.train, collator, corpus.mix, augmenter)
@@ -53,6 +58,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     torch.manual_seed(config.seed)
     method = method_class(method_config)
     found, notes = checkpoint.find_resumable(config.run_dir, world)
+    world.from_main(lambda: checkpoint.set_aside_damaged(config.run_dir, found))
     identity = _identity(resolved, corpus, augmenter)
     if found is None:
         state = checkpoint.RunState(0, 0, 0, [0.0], 1.0, identity)
@@ -63,6 +69,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
         checkpoint.check_identity(_completed(state.identity, method_class), identity, config.run_dir)
         method.load_state_dict(checkpoint.load_weights(found))
         notes.append(f"resuming from {found}: update {state.update}")
+        notes += _changed_rules(checkpoint.load_config(found), resolved)
     method.to(world.device)
     if config.trainer.checkpoint_activations:
         method.encoder.checkpoint_activations()
@@ -153,10 +160,24 @@ def _identity(resolved: dict[str, Any], corpus: Corpus, augmenter: Augmenter | N
     return own | {"augment": augment} | corpus.identity()
 
 
+def _changed_rules(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A sentence for every option of the optimiser and the schedule that a resumed run has changed, which it may."""
+    lines = []
+    for block in ("optimizer", "schedule"):
+        old, new = before.get(block) or {}, now[block]
+        for name in old.keys() | new.keys():
+            if old.get(name) != new.get(name):
+                lines.append(f"{block}.{name}: was {old.get(name)}, is {new.get(name)} from this update on")
+    return sorted(lines)
+
+
 def _completed(identity: dict[str, Any], method_class: type[Method]) -> dict[str, Any]:
-    """The identity of a checkpoint, where options that came after it have their defaults, which change nothing."""
+    """The identity of a checkpoint as this version would have written it.
+
+    Blocks of a former shape have the present one, and options that came later their defaults, which change nothing.
+    """
     classes = {"method": method_class.Config, "batch": BatchConfig, "crop": CropConfig}
-    return identity | {name: with_defaults(cls, identity[name]) for name, cls in classes.items()}
+    return identity | {name: with_defaults(cls, upgraded(cls, identity.get(name, {}))) for name, cls in classes.items()}
 
 
 def _keep_kmeans(source: Path | None, target: Path) -> None:

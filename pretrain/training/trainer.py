@@ -95,6 +95,8 @@ class Trainer:
             if profiler is not None and profiler.update_done():
                 return f"profile of {self.state.update - before} updates written to {profiler.folder}, then ended", 0
             update, trainer = self.state.update, self.config.trainer
+            if trainer.keep_best is not None and self.metrics.names:
+                checkpoint.check_metric(trainer.keep_best, self.metrics.names)  # now, not at the first validation
             done, advanced = update >= self.run.last_update, update > seen
             if advanced and (update % trainer.log_every == 0 or done):
                 self._report()
