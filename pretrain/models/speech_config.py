@@ -25,12 +25,14 @@ class SpeechEncoderConfig:
     `conv_pos` is the number of frames that the positional convolution sees, `pos_conv_depth` the number of convolutions
     that share it (data2vec: 5 of 19 frames); one has a weight norm, several have layer norms.
 
-    `layer_type` "transformer" goes with `pos_enc_type` "abs", the positional convolution, or "gated_bias", WavLM's:
-    the convolution and, in the attention of all layers, a bias for each of `num_buckets` buckets of distances, whose
-    last ones begin at `max_distance` frames (fairseq's `relative_position_embedding` with `gru_rel_pos`). A
-    "conformer" goes with "rel_pos" or "rope". A conformer uses `dropout` everywhere and, as in fairseq, neither `attention_dropout` nor
-    `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused convolution that other projects
-    want in an export. Raises UserError for an unknown name, and for values that do not go together.
+    `layer_type` "transformer" goes with `pos_enc_type` "abs", the positional convolution, or "gated_bias", WavLM's: the
+    convolution and, in the attention of every layer, a bias for each of `num_buckets` buckets of distances up to
+    `max_distance` frames (fairseq's `relative_position_embedding` with `gru_rel_pos`).
+
+    "conformer" goes with "rel_pos" or "rope". A conformer uses `dropout` everywhere and, as in fairseq, neither
+    `attention_dropout` nor `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused
+    convolution that other projects want in an export. Raises UserError for an unknown name, and for values that do not
+    go together.
     """
 
     extractor_mode: str
