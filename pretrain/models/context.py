@@ -164,5 +164,5 @@ def make_layer(config: ContextConfig) -> nn.Module:
         config.attention_dropout,
         config.activation_dropout,
         config.layer_norm_first,
-        attention=GatedBiasSelfAttention if config.pos_enc_type == "gated_bias" else SelfAttention,
+        attention_type=GatedBiasSelfAttention if config.pos_enc_type == "gated_bias" else SelfAttention,
     )

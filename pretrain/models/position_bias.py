@@ -61,10 +61,10 @@ class BiasGates(Linear):
 
 
 class GatedBiasSelfAttention(SelfAttention):
-    """Self-attention with a relative position bias that each query's frame scales for itself, between 1 and 2 or so.
+    """Self-attention with a relative position bias, which the gates of each query's frame scale in every head.
 
-    The scale is a (b s - 1) + 2 with the gates a and b of the frame and head, and a learnt number s per head, which
-    begins at 1.
+    The scale is a (b s - 1) + 2, where a and b are the gates and s is a learnt number per head. s begins at 1, so that
+    the scale is between 1 and 2 at first.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:

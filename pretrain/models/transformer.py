@@ -38,7 +38,7 @@ class TransformerLayer(nn.Module):
     """Self-attention and feed-forward (GELU) with residuals; layer norms before them or after the sums.
 
     Dropout as in fairseq's `TransformerSentenceEncoderLayer`: `dropout` on both branches, `activation_dropout` after
-    the GELU, `attention_dropout` on the attention weights. `attention` is the class of the self-attention.
+    the GELU, `attention_dropout` on the attention weights. `attention_type` is the class of the self-attention.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class TransformerLayer(nn.Module):
         activation_dropout: float,
         layer_norm_first: bool,
         layer_norm_eps: float = 1e-5,
-        attention: type[SelfAttention] = SelfAttention,
+        attention_type: type[SelfAttention] = SelfAttention,
     ) -> None:
         super().__init__()
         self.dropout, self.activation_dropout, self.layer_norm_first = dropout, activation_dropout, layer_norm_first
-        self.self_attn = attention(dim, heads, attention_dropout)
+        self.self_attn = attention_type(dim, heads, attention_dropout)
         self.self_attn_layer_norm = LayerNorm(dim, layer_norm_eps)
         self.fc1 = Linear(dim, ffn_dim)
         self.fc2 = Linear(ffn_dim, dim)

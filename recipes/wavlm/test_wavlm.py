@@ -43,7 +43,7 @@ UNLIKELY = 1e-3  # of tests with fixed seeds
 
 
 def small_encoder(large: bool, **changes: Any) -> SpeechEncoder:
-    """Conv 32, Transformer 3 x 48, every parameter off its initial value; the norms are where Base or Large has them."""
+    """Conv 32, Transformer 3 x 48, every parameter off its initial value, norms as in Base or Large."""
     values: dict[str, Any] = {
         "extractor_mode": "layer_norm" if large else "default",
         "conv_feature_layers": [[32, 10, 5], *[[32, 3, 2]] * 4, *[[32, 2, 2]] * 2],
