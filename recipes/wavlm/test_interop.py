@@ -76,7 +76,8 @@ def test_transformers_class_loads_every_tensor_and_agrees(exports: dict[str, Pat
         expected = model.eval()(**inputs, output_hidden_states=True).hidden_states
     states, _ = hidden_states(ours, waveforms[:1], torch.tensor([27_200]))
     for state, reference in zip(states, expected, strict=True):
-        assert (state - reference).abs().max() <= 1e-4 * reference.abs().max()
+        # An upstream repeats the last frame so that there are as many as s3prl counts.
+        assert (state[:, : reference.shape[1]] - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
 @pytest.mark.parametrize("large", [False, True])
