@@ -19,9 +19,10 @@ from torch import nn
 
 from pretrain.config import compose_recipe, run_config
 from pretrain.method import Batch, Example, Ratio, StepOutput
+from pretrain.objectives.masked_units import MaskedUnitsCollator
 from pretrain.training.setup import build_trainer
 from pretrain.training.trainer import Trainer
-from recipes.hubert.method import HubertCollator, HubertMethod
+from recipes.hubert.method import HubertMethod
 
 OPTIONS = [
     "augment.reverberation={prob:0.3}",
@@ -36,7 +37,7 @@ OPTIONS = [
 
 
 @dataclass(frozen=True)
-class PairCollator(HubertCollator):
+class PairCollator(MaskedUnitsCollator):
     """Two crops of each row, `extras` "clean" (B, T) as they were recorded."""
 
     reads_clean_audio: bool = True

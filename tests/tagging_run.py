@@ -22,9 +22,10 @@ from torch import nn
 
 from pretrain.config import compose_recipe, run_config
 from pretrain.method import Batch, Example, Predictions, Progress, Ratio, StepOutput, TargetInfo, TargetSpec
+from pretrain.objectives.masked_units import MaskedUnitsCollator
 from pretrain.training.setup import build_trainer
 from pretrain.training.trainer import Trainer
-from recipes.hubert.method import HubertCollator, HubertConfig, HubertMethod
+from recipes.hubert.method import HubertConfig, HubertMethod
 
 OPTIONS = [
     "batch={seconds_per_micro_batch:2.5,micro_batches_per_step:2}",
@@ -45,7 +46,7 @@ class TaggingConfig(HubertConfig):
 
 
 @dataclass(frozen=True)
-class TaggingCollator(HubertCollator):
+class TaggingCollator(MaskedUnitsCollator):
     """`extras` "speaker" (B,) int64, -1 where unlabelled, and "tags" (B, C); labelled rows are a unit of their own."""
 
     def __call__(self, examples: list[Example]) -> Batch:

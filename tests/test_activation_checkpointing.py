@@ -18,7 +18,7 @@ from pretrain.models.batch_norm import update_running_statistics
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
 
-LAYERS = [("transformer", "abs"), ("conformer", "rel_pos"), ("conformer", "rope")]
+LAYERS = [("transformer", "abs"), ("transformer", "gated_bias"), ("conformer", "rel_pos"), ("conformer", "rope")]
 
 
 def make(layer_type: str, pos_enc_type: str, **changes: Any) -> SpeechEncoder:

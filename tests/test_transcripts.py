@@ -26,9 +26,10 @@ from pretrain.data.utterance_targets import (
     write_dictionary,
 )
 from pretrain.method import Example, TargetInfo, TargetSpec
+from pretrain.objectives.masked_units import MaskedUnitsCollator
 from pretrain.training.setup import build_trainer
 from pretrain.world import World
-from recipes.hubert.method import HubertCollator, HubertConfig, HubertMethod
+from recipes.hubert.method import HubertConfig, HubertMethod
 
 PHONES = TargetSpec("phones", "symbols", column="phones")
 TABLE = "utt\tphones\na/x\tb a b\na/y\t\nb/z\tc a\n"
@@ -151,7 +152,7 @@ class SpellingConfig(HubertConfig):
 
 
 @dataclass(frozen=True)
-class SpellingCollator(HubertCollator):
+class SpellingCollator(MaskedUnitsCollator):
     """Refuses to go on where whole utterances come without their transcripts."""
 
     def __call__(self, examples: list[Example]) -> Any:

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from pretrain.models.conformer import ConformerLayer
 from pretrain.models.kernels import LayerNorm, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
+from pretrain.models.position_bias import GatedBiasSelfAttention, RelativePositionBias
 from pretrain.models.positions import conv_positions, relative_positions, rotary_positions
-from pretrain.models.transformer import TransformerLayer
+from pretrain.models.transformer import SelfAttention, TransformerLayer
 
 
 class ContextConfig(Protocol):
     """What positions and layers need of an encoder's configuration; `SpeechEncoderConfig` says what the fields mean.
 
-    `depthwise_conv_kernel_size` is read where `is_conformer` alone, and a positional convolution where not.
+    `depthwise_conv_kernel_size` is read where `is_conformer` alone, and a positional convolution where not;
+    `num_buckets` and `max_distance` where there is a relative position bias.
     """
 
     encoder_layers: int
@@ -47,6 +49,12 @@ class ContextConfig(Protocol):
     def depthwise_conv_kernel_size(self) -> int: ...
 
     @property
+    def num_buckets(self) -> int: ...
+
+    @property
+    def max_distance(self) -> int: ...
+
+    @property
     def is_conformer(self) -> bool: ...
 
 
@@ -63,8 +71,12 @@ class ContextNetwork(nn.Module):
         dim = config.encoder_embed_dim
         self.dropout, self.layer_norm_first = config.dropout, config.layer_norm_first
         self.pos_enc_type, self.head_dim = config.pos_enc_type, dim // config.encoder_attention_heads
-        if self.pos_enc_type == "abs":
+        if not config.is_conformer:
             self.pos_conv = conv_positions(dim, config.conv_pos, config.conv_pos_groups, config.pos_conv_depth)
+        if self.pos_enc_type == "gated_bias":
+            self.relative_attention_bias = RelativePositionBias(
+                config.num_buckets, config.encoder_attention_heads, config.max_distance
+            )
         self.layers = LayerStack(make_layer(config) for _ in range(config.encoder_layers))
         self.layerdrop, self.skipped = config.encoder_layerdrop, [False] * config.encoder_layers
         self.layer_norm = LayerNorm(dim)
@@ -112,10 +124,12 @@ class ContextNetwork(nn.Module):
         return dropout(x, self.dropout, self.training), (valid, *positions)
 
     def _positions(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Frames with their absolute positions, and the table of positions that the layers take beside them."""
+        """Frames with their absolute positions, and the table or biases that the layers take beside them."""
         _, frames, dim = x.shape
         if self.pos_enc_type == "abs":
             return x + self.pos_conv(x), ()
+        if self.pos_enc_type == "gated_bias":
+            return x + self.pos_conv(x), (self.relative_attention_bias(frames),)
         if self.pos_enc_type == "rel_pos":
             return x, (relative_positions(frames, dim, x.device),)
         return x, (rotary_positions(frames, self.head_dim, x.device),)
@@ -150,4 +164,5 @@ def make_layer(config: ContextConfig) -> nn.Module:
         config.attention_dropout,
         config.activation_dropout,
         config.layer_norm_first,
+        attention_type=GatedBiasSelfAttention if config.pos_enc_type == "gated_bias" else SelfAttention,
     )

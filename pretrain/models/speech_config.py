@@ -9,7 +9,7 @@ from pretrain.errors import UserError
 EXTRACTOR_MODES = ("default", "layer_norm")
 FRAME_LENGTH_RULES = ("fold", "conv")
 # Layer type -> how its layers learn positions.
-POSITIONS = {"transformer": ("abs",), "conformer": ("rel_pos", "rope")}
+POSITIONS = {"transformer": ("abs", "gated_bias"), "conformer": ("rel_pos", "rope")}
 
 
 @dataclass
@@ -25,10 +25,14 @@ class SpeechEncoderConfig:
     `conv_pos` is the number of frames that the positional convolution sees, `pos_conv_depth` the number of convolutions
     that share it (data2vec: 5 of 19 frames); one has a weight norm, several have layer norms.
 
-    `layer_type` "conformer" goes with `pos_enc_type` "rel_pos" or "rope", "transformer" with "abs", the positional
-    convolution. A conformer uses `dropout` everywhere and, as in fairseq, neither `attention_dropout` nor
-    `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused convolution that other projects
-    want in an export. Raises UserError for an unknown name, and for values that do not go together.
+    `layer_type` "transformer" goes with `pos_enc_type` "abs", the positional convolution, or "gated_bias", WavLM's: the
+    convolution and, in the attention of every layer, a bias for each of `num_buckets` buckets of distances up to
+    `max_distance` frames (fairseq's `relative_position_embedding` with `gru_rel_pos`).
+
+    "conformer" goes with "rel_pos" or "rope". A conformer uses `dropout` everywhere and, as in fairseq, neither
+    `attention_dropout` nor `activation_dropout`; `conv_pos` and `conv_pos_groups` then only shape the unused
+    convolution that other projects want in an export. Raises UserError for an unknown name, and for values that do not
+    go together.
     """
 
     extractor_mode: str
@@ -53,6 +57,8 @@ class SpeechEncoderConfig:
     pos_enc_type: str = "abs"
     depthwise_conv_kernel_size: int = 31
     pos_conv_depth: int = 1
+    num_buckets: int = 320
+    max_distance: int = 800
 
     def __post_init__(self) -> None:
         self._check_convolutions()
@@ -76,6 +82,12 @@ class SpeechEncoderConfig:
                 f"method.encoder.pos_enc_type: '{self.pos_enc_type}' does not go with layer_type {self.layer_type}; "
                 f"use {' or '.join(POSITIONS[self.layer_type])}"
             )
+        if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
+            raise UserError(
+                f"method.encoder.num_buckets, method.encoder.max_distance: {self.num_buckets} buckets for distances up "
+                f"to {self.max_distance} frames do not go together; give a multiple of 4, and more than a quarter of "
+                "it as the distance"
+            )
         if self.is_conformer and self.depthwise_conv_kernel_size % 2 == 0:
             raise UserError(
                 f"method.encoder.depthwise_conv_kernel_size: {self.depthwise_conv_kernel_size} is even, so that no "
@@ -98,6 +110,11 @@ class SpeechEncoderConfig:
                 "method.encoder.conv_feature_layers: state [dim, kernel, stride] for every layer, with kernels at "
                 "least as long as their strides, so that every sample is seen"
             )
+
+    @property
+    def has_position_bias(self) -> bool:
+        """Whether the attention has WavLM's gated relative position bias."""
+        return self.pos_enc_type == "gated_bias"
 
     @property
     def is_conformer(self) -> bool:

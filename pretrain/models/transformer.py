@@ -38,7 +38,7 @@ class TransformerLayer(nn.Module):
     """Self-attention and feed-forward (GELU) with residuals; layer norms before them or after the sums.
 
     Dropout as in fairseq's `TransformerSentenceEncoderLayer`: `dropout` on both branches, `activation_dropout` after
-    the GELU, `attention_dropout` on the attention weights.
+    the GELU, `attention_dropout` on the attention weights. `attention_type` is the class of the self-attention.
     """
 
     def __init__(
@@ -51,26 +51,27 @@ class TransformerLayer(nn.Module):
         activation_dropout: float,
         layer_norm_first: bool,
         layer_norm_eps: float = 1e-5,
+        attention_type: type[SelfAttention] = SelfAttention,
     ) -> None:
         super().__init__()
         self.dropout, self.activation_dropout, self.layer_norm_first = dropout, activation_dropout, layer_norm_first
-        self.self_attn = SelfAttention(dim, heads, attention_dropout)
+        self.self_attn = attention_type(dim, heads, attention_dropout)
         self.self_attn_layer_norm = LayerNorm(dim, layer_norm_eps)
         self.fc1 = Linear(dim, ffn_dim)
         self.fc2 = Linear(ffn_dim, dim)
         self.final_layer_norm = LayerNorm(dim, layer_norm_eps)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, F, D) to (B, F, D); `valid` as in SelfAttention."""
-        return self.with_feed_forward(x, valid)[0]
+    def forward(self, x: Tensor, valid: Tensor | None, *positions: Tensor) -> Tensor:
+        """(B, F, D) to (B, F, D); `valid` and `positions` as the attention takes them."""
+        return self.with_feed_forward(x, valid, *positions)[0]
 
-    def with_feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_feed_forward(self, x: Tensor, valid: Tensor | None, *positions: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` gives, and the output (B, F, D) of the feed-forward, before dropout, residual and norm."""
         if self.layer_norm_first:
-            x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), valid))
+            x = x + self._drop(self.self_attn(self.self_attn_layer_norm(x), valid, *positions))
             out = self._feed_forward(self.final_layer_norm(x))
             return x + self._drop(out), out
-        x = self.self_attn_layer_norm(x + self._drop(self.self_attn(x, valid)))
+        x = self.self_attn_layer_norm(x + self._drop(self.self_attn(x, valid, *positions)))
         out = self._feed_forward(x)
         return self.final_layer_norm(x + self._drop(out)), out
 

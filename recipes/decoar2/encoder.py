@@ -39,6 +39,8 @@ class Decoar2EncoderConfig:
     is_conformer: ClassVar[bool] = False
     depthwise_conv_kernel_size: ClassVar[int] = 0
     pos_conv_depth: ClassVar[int] = 1
+    num_buckets: ClassVar[int] = 0
+    max_distance: ClassVar[int] = 0
 
 
 class Decoar2Encoder(PredictiveEncoder, ContextEncoder):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.weights.interop import speech_encoder
+from pretrain.weights.interop.fairseq_layout import MASKED_PREDICTION_HEAD as HEAD_KEYS
 from pretrain.weights.interop.fairseq_layout import fairseq_parts, huggingface_preprocessor
 from pretrain.weights.interop.types import HuggingFaceModel, Imported, InteropError, TrainedMethod
 
 HF_MODEL_TYPES = ("hubert",)
-HEAD_KEYS = ("final_proj.weight", "final_proj.bias", "label_embs_concat")
 # Rows that fairseq's Dictionary puts before the clusters.
 SPECIAL_SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>"]
 

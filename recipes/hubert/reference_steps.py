@@ -11,42 +11,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.bench.masked_prediction import TransformersPeer, class_count, dictionary_labels, summed_loss
 from pretrain.config import ConfigError
-from pretrain.losses.masked_prediction import cosine_logits
 from pretrain.method import Batch
 from pretrain.weights.interop.speech_encoder import config_to_fairseq, config_to_huggingface
-from recipes.hubert.method import DICTIONARY_SPECIALS, HubertConfig
+from recipes.hubert.method import HubertConfig
 
 
-class TransformersHubert(nn.Module):
+class TransformersHubert(TransformersPeer):
     """`transformers.HubertModel` with projection and label embeddings."""
 
     def __init__(self, config: HubertConfig) -> None:
         import transformers
 
-        super().__init__()
-        classes = _classes(config)
-        values = config_to_huggingface(asdict(config.encoder)) | {"apply_spec_augment": True, "layerdrop": 0.0}
-        self.config = config
-        self.model = transformers.HubertModel(transformers.HubertConfig(**values))
-        self.final_proj = nn.Linear(config.encoder.encoder_embed_dim, config.final_dim)
-        self.label_embs_concat = nn.Parameter(torch.empty(classes, config.final_dim).uniform_())
-        self._conv = torch.empty(0)
-        self.model.feature_extractor.register_forward_hook(self._keep_conv)
-
-    def _keep_conv(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._conv = output  # the model does not return what the feature penalty needs
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of a batch without padding."""
-        hidden = self.model(batch.waveforms, mask_time_indices=batch.extras["mask"]).last_hidden_state
-        scored = hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"])
-        logits = cosine_logits(self.final_proj(scored), self.label_embs_concat, self.config.logit_temp)
-        penalty = self._conv.float().square().mean()
-        return _loss(logits, batch.extras["masked_labels"][0] + DICTIONARY_SPECIALS, penalty, batch, self.config)
+        values = config_to_huggingface(asdict(config.encoder))
+        super().__init__(config, transformers.HubertModel, transformers.HubertConfig, values)
 
 
 class GivenMask(nn.Module):
@@ -101,7 +82,7 @@ class TorchaudioHubert(nn.Module):
             mask_channel_min_space=1,
             skip_masked=False,
             skip_nomask=False,
-            num_classes=_classes(config),
+            num_classes=class_count(config),
             final_dim=config.final_dim,
             feature_grad_mult=encoder.feature_grad_mult if encoder.feature_grad_mult < 1 else None,
         )
@@ -110,8 +91,8 @@ class TorchaudioHubert(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch without padding."""
         self.model.mask_generator.mask = batch.extras["mask"]
-        masked, _, penalty = self.model(batch.waveforms, _frame_labels(batch))
-        return _loss(masked, _positive_first(masked), penalty, batch, self.config)
+        masked, _, penalty = self.model(batch.waveforms, dictionary_labels(batch))
+        return summed_loss(masked, _positive_first(masked), penalty, batch, self.config)
 
 
 class FairseqHubert(nn.Module):
@@ -136,18 +117,18 @@ class FairseqHubert(nn.Module):
             dictionary.add_symbol(str(index))
         self.config = config
         self.model = hubert.HubertModel(hubert.HubertConfig(**values), HubertPretrainingConfig(**task), [dictionary])
-        if len(dictionary) != _classes(config):
+        if len(dictionary) != class_count(config):
             raise ConfigError(
-                f"num_classes: fairseq's dictionary has {len(dictionary)} entries, ours {_classes(config)}"
+                f"num_classes: fairseq's dictionary has {len(dictionary)} entries, ours {class_count(config)}"
             )
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch without padding."""
         self.model.apply_mask = lambda x, padding_mask, targets: self._apply_mask(x, batch.extras["mask"])
         padding = torch.zeros_like(batch.waveforms, dtype=torch.bool)
-        output = self.model(batch.waveforms, target_list=[_frame_labels(batch)], padding_mask=padding)
+        output = self.model(batch.waveforms, target_list=[dictionary_labels(batch)], padding_mask=padding)
         masked = output["logit_m_list"][0]
-        return _loss(masked, _positive_first(masked), output["features_pen"], batch, self.config)
+        return summed_loss(masked, _positive_first(masked), output["features_pen"], batch, self.config)
 
     def _apply_mask(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What fairseq does with the mask that it would draw here; the cast lets it run under autocast."""
@@ -155,30 +136,9 @@ class FairseqHubert(nn.Module):
         return x, mask
 
 
-def _classes(config: HubertConfig) -> int:
-    """Rows of the label embeddings. Raises ConfigError for several label sets, which not all peers know."""
-    if len(config.num_classes) != 1:
-        raise ConfigError("method.num_classes: the peers train on one label set; benchmark a recipe that has one")
-    return config.num_classes[0] + DICTIONARY_SPECIALS
-
-
-def _frame_labels(batch: Batch) -> Tensor:
-    """(B, F) dictionary entries of all frames."""
-    mask = batch.extras["mask"]
-    labels = torch.zeros(mask.numel(), dtype=torch.int64, device=mask.device)
-    for kind in ("masked", "unmasked"):
-        labels[batch.extras[f"{kind}_positions"]] = batch.extras[f"{kind}_labels"][0]
-    return labels.view(mask.shape) + DICTIONARY_SPECIALS
-
-
 def _positive_first(logits: Tensor) -> Tensor:
     """Targets of logits whose first column is the right class."""
     return torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-
-
-def _loss(logits: Tensor, targets: Tensor, penalty: Tensor, batch: Batch, config: HubertConfig) -> Tensor:
-    cross_entropy = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return cross_entropy + config.feature_penalty_weight * penalty * batch.sample_size
 
 
 REFERENCE_STEPS: dict[str, Callable[[HubertConfig], nn.Module]] = {

@@ -23,9 +23,11 @@ from pretrain.config import compose_recipe, typed
 from pretrain.losses.masked_prediction import prediction_loss
 from pretrain.method import Batch, Example, StepOutput
 from pretrain.objectives.collate import Stacked, frame_labels
+from pretrain.objectives.masked_prediction import DICTIONARY_SPECIALS
+from pretrain.objectives.masked_units import make_batch
 from pretrain.weights.interop.speech_encoder import state_to_fairseq
 from recipes.hubert import interop
-from recipes.hubert.method import DICTIONARY_SPECIALS, HubertConfig, HubertMethod, make_batch
+from recipes.hubert.method import HubertConfig, HubertMethod
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["hubert_tiny_postln", "hubert_tiny_preln_2dict"]

@@ -7,6 +7,9 @@ from typing import Any
 
 from pretrain.weights.interop.types import InteropError
 
+# Tensors outside the encoder in models that predict masked labels, as HuBERT does; ours have the same names.
+MASKED_PREDICTION_HEAD = ("final_proj.weight", "final_proj.bias", "label_embs_concat")
+
 
 def fairseq_parts(
     checkpoint: Mapping[str, Any], name: str, title: str

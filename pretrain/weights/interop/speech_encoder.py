@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain.config import encoder_config
 from pretrain.models.positions import position_kernel
 from pretrain.models.speech_config import SpeechEncoderConfig
+from pretrain.weights.interop import position_bias as bias
 from pretrain.weights.interop.speech_encoder_keys import (
     FAIRSEQ_KEYS,
     HUGGINGFACE_KEYS,
@@ -172,12 +173,17 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def config_to_fairseq(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our encoder's config as the encoder's share of fairseq's model config and of its task config."""
+def config_to_fairseq(config: Mapping[str, Any], position_bias: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our encoder's config as the encoder's share of fairseq's model config and of its task config.
+
+    `position_bias` says whether fairseq's model has WavLM's position bias; raises InteropError where ours differs.
+    """
     config = _complete(config)
+    bias.require(config, position_bias, "fairseq")
     model = {name: config[name] for name in _FAIRSEQ_FIELDS}
     model["conv_feature_layers"] = repr([tuple(layer) for layer in config["conv_feature_layers"]])
     model |= {"activation_fn": "gelu", "layer_type": config["layer_type"], "required_seq_len_multiple": 2}
+    model |= bias.to_fairseq(config)
     if config["layer_type"] == "conformer":
         model |= {"attn_type": "espnet", **{name: config[name] for name in _FAIRSEQ_CONFORMER_FIELDS}}
     return model, {"sample_rate": 16000, "normalize": config["normalize"]}
@@ -190,7 +196,7 @@ def config_from_fairseq(model: Mapping[str, Any], task: Mapping[str, Any]) -> di
     config["conv_feature_layers"] = parse_conv_layers(config["conv_feature_layers"])
     config |= {"normalize": bool(task.get("normalize", False)), "frame_length_rule": "fold"}
     if model.get("layer_type", "transformer") == "transformer":
-        return _complete(config)
+        return _complete(config | bias.from_fairseq(model))
     config |= {name: model.get(name, default) for name, default in _FAIRSEQ_CONFORMER_FIELDS.items()}
     layers, attention = model["layer_type"], model.get("attn_type") or "fairseq"
     if layers != "conformer" or attention != "espnet" or config["pos_enc_type"] not in _HUGGINGFACE_POSITIONS:
@@ -202,10 +208,13 @@ def config_from_fairseq(model: Mapping[str, Any], task: Mapping[str, Any]) -> di
     return _complete(config | {"layer_type": layers})
 
 
-def config_to_huggingface(config: Mapping[str, Any], stacked_positions: bool = False) -> dict[str, Any]:
+def config_to_huggingface(
+    config: Mapping[str, Any], stacked_positions: bool = False, position_bias: bool = False
+) -> dict[str, Any]:
     """Our encoder's config in transformers' fields, each of them explicit; a conformer's with its `model_type`.
 
-    `stacked_positions` says whether the class has several positional convolutions, as data2vec's, or one.
+    `stacked_positions` says whether the class has several positional convolutions, as data2vec's, or one, and
+    `position_bias` whether it has WavLM's position bias.
 
     SpecAugment is on by default in transformers and would mask the input of whoever fine-tunes without knowing it; a
     `mask_time_prob` above 0 is still needed for the class to own `masked_spec_embed`. Raises InteropError for a
@@ -219,6 +228,7 @@ def config_to_huggingface(config: Mapping[str, Any], stacked_positions: bool = F
             f"has {'several positional convolutions' if stacked_positions else 'one positional convolution'}; export "
             "to native or s3prl"
         )
+    bias.require(config, position_bias, "transformers")
     dims, kernels, strides = zip(*config["conv_feature_layers"], strict=True)
     kernel = position_kernel(config["conv_pos"], depth)
     return {
@@ -226,6 +236,7 @@ def config_to_huggingface(config: Mapping[str, Any], stacked_positions: bool = F
         **_HUGGINGFACE_FIXED,
         **_layers_to_huggingface(config),
         **(dict(zip(_HUGGINGFACE_STACK, (depth, kernel), strict=True)) if stacked_positions else {}),
+        **bias.to_huggingface(config),
         "conv_dim": list(dims),
         "conv_kernel": list(kernels),
         "conv_stride": list(strides),
@@ -285,6 +296,7 @@ def config_from_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str
             **{ours: config.get(theirs, default) for ours, theirs, default in _HUGGINGFACE_FIELDS},
             **_layers_from_huggingface(config),
             **(_stack_from_huggingface(config) if stacked else {}),
+            **bias.from_huggingface(config),
             "feature_grad_mult": 1.0,
             "normalize": bool(preprocessor.get("do_normalize", mode == "layer_norm")),
             "frame_length_rule": "conv",

@@ -35,6 +35,11 @@ _STACKED_CONVS = "encoder.pos_conv.convs.{k}.*"
 _FAIRSEQ_STACKED_CONVS = "encoder.pos_conv.{k}.0.*"
 _HUGGINGFACE_STACKED_CONVS = "encoder.pos_conv_embed.layers.{k}.conv.*"
 
+# WavLM's table of position biases, which the other projects keep in the first layer, and the gates of every layer.
+_POSITION_BIAS = "encoder.relative_attention_bias.weight"
+_FAIRSEQ_POSITION_BIAS = "encoder.layers.0.self_attn.relative_attention_bias.weight"
+_HUGGINGFACE_POSITION_BIAS = "encoder.layers.0.attention.rel_attn_embed.weight"
+
 _FAIRSEQ_FRONT = [
     ("mask_emb", "mask_emb"),
     ("feature_extractor.conv_layers.{i}.conv.*", "feature_extractor.conv_layers.{i}.0.*"),
@@ -84,6 +89,7 @@ _FAIRSEQ_LAYERS = {
     "transformer": [
         *zip(_POSITIONAL_CONV, _FAIRSEQ_POSITIONAL_CONV, strict=True),
         (_STACKED_CONVS, _FAIRSEQ_STACKED_CONVS),
+        (_POSITION_BIAS, _FAIRSEQ_POSITION_BIAS),
         *_layer(
             [
                 (name, name)
@@ -92,6 +98,8 @@ _FAIRSEQ_LAYERS = {
                     "self_attn.k_proj.*",
                     "self_attn.v_proj.*",
                     "self_attn.out_proj.*",
+                    "self_attn.grep_linear.*",
+                    "self_attn.grep_a",
                     "self_attn_layer_norm.*",
                     "fc1.*",
                     "fc2.*",
@@ -113,12 +121,15 @@ _HUGGINGFACE_LAYERS = {
     "transformer": [
         *zip(_POSITIONAL_CONV, _HUGGINGFACE_POSITIONAL_CONV, strict=True),
         (_STACKED_CONVS, _HUGGINGFACE_STACKED_CONVS),
+        (_POSITION_BIAS, _HUGGINGFACE_POSITION_BIAS),
         *_layer(
             [
                 ("self_attn.q_proj.*", "attention.q_proj.*"),
                 ("self_attn.k_proj.*", "attention.k_proj.*"),
                 ("self_attn.v_proj.*", "attention.v_proj.*"),
                 ("self_attn.out_proj.*", "attention.out_proj.*"),
+                ("self_attn.grep_linear.*", "attention.gru_rel_pos_linear.*"),
+                ("self_attn.grep_a", "attention.gru_rel_pos_const"),
                 ("self_attn_layer_norm.*", "layer_norm.*"),
                 ("fc1.*", "feed_forward.intermediate_dense.*"),
                 ("fc2.*", "feed_forward.output_dense.*"),
