@@ -243,13 +243,14 @@ def test_without_biases_it_is_hubert(tiny: WavLMMethod) -> None:
     table = tiny.encoder.encoder.relative_attention_bias.weight
     with torch.no_grad():
         kept = table.clone()
+        table.normal_(std=3.0, generator=torch.Generator().manual_seed(0))
         biased = tiny(batch).total(batch)
         table.zero_()
         plain = tiny(batch).total(batch)
         table.copy_(kept)
     expected = other(batch).total(batch).item()
     assert plain.item() == pytest.approx(expected, rel=1e-5)
-    assert abs(biased.item() - expected) > 1e-5 * expected
+    assert abs(biased.item() - expected) > 1e-4 * expected
 
 
 def test_the_peer_computes_our_loss_from_our_weights(tiny: WavLMMethod) -> None:
