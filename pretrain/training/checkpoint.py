@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -192,6 +193,12 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1, names: Collection[st
                 if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                     return f"{path}: content differs from complete.json"
     return None
+
+
+def method_block(run_dir: Path) -> dict[str, Any] | None:
+    """The resolved `method` block of a run folder's newest checkpoint whose config.yaml is whole, None without one."""
+    step = newest_checkpoint(run_dir, ("config.yaml",))
+    return None if step is None else yaml.safe_load((step / "config.yaml").read_text(encoding="utf-8"))["method"]
 
 
 def newest_checkpoint(run_dir: Path, names: Collection[str] | None = None) -> Path | None:
