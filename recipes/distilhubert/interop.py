@@ -89,27 +89,32 @@ def to_s3prl(trained: TrainedMethod) -> dict[str, Any]:
 
     Raises InteropError for a student that s3prl cannot build.
     """
-    config, encoder = trained.config, trained.encoder_config()
+    encoder, heads = trained.encoder_config(), trained.head_state()
     for name, value in _ONLY_OURS.items():
         if encoder.get(name, value) != value:
             raise InteropError(
                 f"method.encoder.{name}: {encoder[name]!r} has no counterpart in s3prl's distiller, only {value!r}; "
                 "export to native"
             )
-    heads = trained.head_state()
-    options = speech_encoder.config_to_fairseq(encoder)[0]
-    distiller = {name: options[name] for name in _OPTIONS} | _FIXED
-    distiller |= {
-        _CONV_LAYERS: str([tuple(layer) for layer in encoder["conv_feature_layers"]]),
-        "final_dim": heads["heads.weight"].shape[2],
+    state = speech_encoder.state_to_fairseq(trained.encoder_state(), encoder) | _heads_to_s3prl(heads)
+    distiller = distiller_config(trained.config, heads["heads.weight"].shape[2])
+    return {"Config": {"distiller": distiller}, "Distiller": state}
+
+
+def distiller_config(config: Mapping[str, Any], final_dim: int) -> dict[str, Any]:
+    """Our method's block as s3prl's options; `final_dim` is the width of the teacher's hidden states."""
+    options = speech_encoder.config_to_fairseq(config["encoder"])[0]
+    return {
+        **{name: options[name] for name in _OPTIONS},
+        **_FIXED,
+        _CONV_LAYERS: str([tuple(layer) for layer in config["encoder"]["conv_feature_layers"]]),
+        "final_dim": final_dim,
         "n_tasks": len(config["pred_layer_id"]),
         "pred_layer_id": list(config["pred_layer_id"]),
         "loss_type": "l1",
         "feat_pen_loss": 0.0,
         **{name: config[name] for name in ("cosine_loss", "init_teacher_conv_layers", "init_teacher_encoder_layers")},
     }
-    state = speech_encoder.state_to_fairseq(trained.encoder_state(), encoder)
-    return {"Config": {"distiller": distiller}, "Distiller": state | _heads_to_s3prl(heads)}
 
 
 def from_huggingface(model: HuggingFaceModel) -> Imported:
