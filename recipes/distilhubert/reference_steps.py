@@ -1,4 +1,4 @@
-"""DistilHuBERT's training step in another project, for tools/benchmark.py; a peer is named like the package it needs."""
+"""DistilHuBERT's step in another project, for tools/benchmark.py; a peer is named like the package that it needs."""
 
 from __future__ import annotations
 

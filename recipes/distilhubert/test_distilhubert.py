@@ -1,4 +1,4 @@
-"""DistilHuBERT against s3prl's numbers and its model: states, predictions, loss, gradients; teachers; what it learns."""
+"""DistilHuBERT against s3prl's numbers and model: states, predictions, loss, gradients; teachers; what it learns."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pretrain import Upstream
 from pretrain.config import ConfigError, recipe_method_block, typed
+from pretrain.errors import UserError
 from pretrain.method import Batch, Example
 from pretrain.models.speech_encoder import SpeechEncoder
 from pretrain.models.teacher import TeacherConfig
@@ -337,8 +338,8 @@ def test_a_student_of_another_shape_cannot_start_from_the_teacher(tiny: DistilHu
     )
     with pytest.raises(ConfigError, match=message):
         variant(tiny, encoder=narrow)
+    conformer = replace(tiny.config.encoder, layer_type="conformer", pos_enc_type="rope")
     with pytest.raises(ConfigError, match="layer_type: conformer; the student is a Transformer"):
-        conformer = replace(tiny.config.encoder, layer_type="conformer", pos_enc_type="rope")
         variant(tiny, encoder=conformer)
 
 
@@ -357,25 +358,33 @@ def test_a_run_takes_its_teachers_shape_from_the_weights_and_resumes_without_the
     hubert = build("hubert_tiny", SHORT[0])
     perturb(hubert)
     weights = write_exports(tmp_path / "teacher", hubert)["native"]
-    teacher = f"method.teacher={{encoder:null,weights:{weights}}}"
-
-    def train(name: str, updates: int) -> dict[str, Tensor]:
-        train_recipe(
-            "distilhubert_tiny", tmp_path, 0, *SHORT, teacher, f"name={name}", f"trainer.stop_after_updates={updates}"
-        )
-        return load_file(tmp_path / name / "checkpoints" / f"step_{updates:08d}" / "model.safetensors")
-
-    unbroken = train("unbroken", 2)
-    train("broken", 1)
+    options = [*SHORT, f"method.teacher={{encoder:null,weights:{weights}}}"]
+    train_recipe("distilhubert_tiny", tmp_path, 0, *options, "trainer.stop_after_updates=1")
     shutil.rmtree(weights)
-    assert same_tensors(unbroken, train("broken", 2))
-    with pytest.raises(InteropError, match="no such file or directory; give a run"):
-        train("another", 1)
+    train_recipe("distilhubert_tiny", tmp_path, 0, *options, "trainer.stop_after_updates=2")
+    run = tmp_path / "distilhubert_tiny"
+    first, second = (load_file(run / "checkpoints" / f"step_{n:08d}" / "model.safetensors") for n in (1, 2))
     # The teacher is in the checkpoint as it was, and in no export.
     for name, tensor in hubert.encoder.state_dict().items():
-        assert torch.equal(unbroken[f"teacher.{name}"], tensor), name
-    exported = load_file(tmp_path / "broken" / "export" / "encoder.safetensors")
-    assert exported.keys() == {n.removeprefix("encoder.") for n in unbroken if n.startswith("encoder.")}
+        assert torch.equal(second[f"teacher.{name}"], tensor), name
+    assert not same_tensors(first, second)
+    exported = load_file(run / "export" / "encoder.safetensors")
+    assert exported.keys() == {name.removeprefix("encoder.") for name in second if name.startswith("encoder.")}
+
+
+def test_a_teacher_that_is_not_there_is_named(tiny: DistilHubertMethod) -> None:
+    absent = replace(tiny.config, teacher=TeacherConfig("hubert", None, "outputs/absent"))
+    with pytest.raises(InteropError, match="outputs/absent: no such file or directory; give a run"):
+        DistilHubertMethod.complete(absent, None)
+    with pytest.raises(InteropError, match="outputs/absent: no such file or directory; give a run"):
+        variant(tiny, teacher=replace(absent.teacher, encoder=tiny.config.teacher.encoder)).begin({})
+    with pytest.raises(
+        UserError, match=r"method\.teacher\.encoder: missing; state the teacher's encoder, or its weights"
+    ):
+        DistilHubertMethod.complete(replace(tiny.config, teacher=TeacherConfig("hubert", None, None)), None)
+    # A run that is resumed knows the shape.
+    earlier = asdict(tiny.config)
+    assert DistilHubertMethod.complete(absent, earlier).teacher.encoder == tiny.config.teacher.encoder
 
 
 def test_it_learns_more_than_the_mean_of_its_targets(learning_seed: int, tmp_path: Path) -> None:
