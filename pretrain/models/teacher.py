@@ -11,6 +11,7 @@ student as a moving average (data2vec, BYOL) is made, started and moved like thi
 
 and one that stays as it was trained (DistilHuBERT), with a field `teacher: TeacherConfig` in the configuration:
 
+    replace(config, teacher=complete_teacher(config.teacher, ...))  # in complete: its shape, if the weights tell it
     self.teacher = frozen_teacher(config.teacher)        # in __init__; reads no file
     load_teacher(self.teacher, self.config.teacher)      # in begin
 

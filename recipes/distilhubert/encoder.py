@@ -25,7 +25,7 @@ class StudentEncoder(SpeechEncoder):
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__(config)
-        self.layer_norm = nn.Identity()
+        self.layer_norm = nn.Identity()  # type: ignore[assignment]
         del self.mask_emb  # nothing is masked, and a parameter without a gradient would be a burden under ZeRO
         self.is_loaded = False
         self.register_load_state_dict_pre_hook(_note_loading)
