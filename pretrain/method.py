@@ -359,6 +359,8 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type]
     # Sub-modules that have a use after training and go into native exports beside the encoder: a CTC head, a decoder.
     exported_heads: ClassVar[tuple[str, ...]] = ()
+    # Sub-modules that `begin` loads from a file of their own: weights for `init_from` may lack them.
+    separate_parts: ClassVar[tuple[str, ...]] = ()
     encoder: Encoder
 
     def __init__(self, config: Any) -> None:
@@ -369,6 +371,15 @@ class Method(nn.Module, ABC):
     def targets(cls, config: Any) -> list[TargetSpec]:
         """What the recipe trains on beside the audio; empty for methods that need nothing else."""
         return []
+
+    @classmethod
+    def complete(cls, config: Any, earlier: dict[str, Any] | None) -> Any:
+        """The recipe's configuration with what other files decide, such as the shape of a teacher's network.
+
+        Called before anything is built. `earlier` is the method's block in the run that is resumed, if any, so that it
+        needs those files no more.
+        """
+        return config
 
     @classmethod
     def fit_to_targets(cls, config: Any, found: dict[str, TargetInfo]) -> Any:

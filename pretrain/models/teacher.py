@@ -11,6 +11,7 @@ student as a moving average (data2vec, BYOL) is made, started and moved like thi
 
 and one that stays as it was trained (DistilHuBERT), with a field `teacher: TeacherConfig` in the configuration:
 
+    replace(config, teacher=complete_teacher(config.teacher, ...))  # in complete: its shape, if the weights tell it
     self.teacher = frozen_teacher(config.teacher)        # in __init__; reads no file
     load_teacher(self.teacher, self.config.teacher)      # in begin
 
@@ -22,7 +23,8 @@ be gathered. Buffers would be whole on every rank, and each update would gather 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -113,27 +115,49 @@ class Teacher(nn.Module):
 class TeacherConfig:
     """A frozen teacher: the encoder of `method` with the plain configuration `encoder`, as in an export's config.json.
 
-    `weights` is what `read_weights` reads, once, where a run starts. What is built follows from the configuration
-    alone, so dry runs, exports and runs that resume do without that file.
+    `weights` is what `read_weights` reads, once, where a run starts; null leaves the weights that the seed draws, which
+    know nothing of speech and are for trying things alone. What is built follows from the configuration alone, so dry
+    runs, exports and runs that resume do without that file. `encoder` null takes the configuration in `weights`, by
+    `complete_teacher`.
     """
 
     method: str
-    encoder: dict[str, Any]
-    weights: str
+    encoder: dict[str, Any] | None
+    weights: str | None
+
+
+def complete_teacher(config: TeacherConfig, earlier: Mapping[str, Any] | None = None) -> TeacherConfig:
+    """`config` with an `encoder`: its own, that of the run which is resumed (`earlier`), or the one in `weights`.
+
+    For `Method.complete`. Raises UserError where none of them says, and InteropError as `read_weights` does.
+    """
+    if config.encoder is not None:
+        return config
+    if earlier and earlier.get("encoder") is not None:
+        return replace(config, encoder=dict(earlier["encoder"]))
+    if config.weights is None:
+        raise UserError("method.teacher.encoder: missing; state the teacher's encoder, or its weights")
+    with torch.device("meta"):
+        # Through the class, so that weights from before a field existed get its default.
+        encoder = read_weights(config.weights, config.method).build_encoder().to_config()
+    return replace(config, encoder=encoder)
 
 
 def frozen_teacher(config: TeacherConfig) -> Teacher:
     """The teacher that `config` describes, with fresh weights: `load_teacher` or a checkpoint brings the trained."""
+    if config.encoder is None:
+        raise UserError("method.teacher.encoder: missing; complete_teacher finds it in the weights")
     return Teacher(load_method(config.method).Encoder.from_config(config.encoder))
 
 
 def load_teacher(teacher: Teacher, config: TeacherConfig, field: str = "method.teacher") -> None:
-    """Load the weights that `config` names. `field` is where `config` stands among the run's options.
+    """Load the weights that `config` names, if any. `field` is where `config` stands among the run's options.
 
     Raises InteropError where they cannot be read, are of another method, or of an encoder that differs from
     `config.encoder` in more than options on which no tensor depends, such as dropout.
     """
-    load_matching(cast(Encoder, teacher.network), read_weights(config.weights, config.method), f"{field}.encoder")
+    if config.weights is not None:
+        load_matching(cast(Encoder, teacher.network), read_weights(config.weights, config.method), f"{field}.encoder")
 
 
 def linear_ramp(update: int, start: float, end: float, updates: int) -> float:

@@ -100,7 +100,7 @@ def open_subject(config: RunConfig) -> Subject:
     """The method and the largest shapes: those of the data's plan, or the recipe's where no data was named."""
     data = config.data
     method_class: type[Method] = load_method(config.method["name"]).Method
-    method_config: Any = typed_method(method_class.Config, config.method)
+    method_config: Any = method_class.complete(typed_method(method_class.Config, config.method), None)
     if data.dir is None and data.corpora is None:
         specs = method_class.targets(method_config)
         if specs:

@@ -200,6 +200,12 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1, names: Collection[st
     return None
 
 
+def method_block(run_dir: Path) -> dict[str, Any] | None:
+    """The resolved `method` block of a run folder's newest checkpoint whose config.yaml is whole, None without one."""
+    step = newest_checkpoint(run_dir, ("config.yaml",))
+    return None if step is None else load_config(step)["method"]
+
+
 def newest_checkpoint(run_dir: Path, names: Collection[str] | None = None) -> Path | None:
     """The newest complete checkpoint of a run folder whose files `names` (None: all) are verified; for one process."""
     return next((step for step in reversed(_steps(run_dir)) if damage(step, names=names) is None), None)

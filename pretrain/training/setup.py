@@ -108,6 +108,7 @@ def open_run(config: RunConfig, with_labels: bool = True) -> tuple[type[Method],
     """
     method_class: type[Method] = load_method(config.method["name"]).Method
     method_config: Any = typed_method(method_class.Config, config.method)
+    method_config = method_class.complete(method_config, checkpoint.method_block(config.run_dir))
     wanted = method_class.targets(method_config)
     if any(spec.kind == "symbols" for spec in wanted) and not config.crop.whole:
         raise ConfigError(

@@ -139,6 +139,9 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
             "set init_head=reset"
         )
     fresh = {key: value for key, value in method.state_dict().items() if not key.startswith("encoder.")}
+    held = {key.split(".")[0] for key in weights.head_state}
+    absent = [part for part in method.separate_parts if part not in held]
+    fresh = {key: value for key, value in fresh.items() if key.split(".")[0] not in absent}
     if head == "reset":
         return [*done, f"head: {len(fresh)} tensors drawn anew"]
     differing = [key for key, value in fresh.items() if _shape(weights.head_state, key) != tuple(value.shape)]
@@ -280,11 +283,19 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
 
 def _huggingface(path: Path, model_type: str, wanted: list[str] | None) -> Weights:
     candidates = method_names() if wanted is None else wanted
-    for name in candidates:
-        interop = load_interop(name)
-        if interop is not None and model_type in getattr(interop, "HF_MODEL_TYPES", ()):
-            return _imported(name, path, interop.from_huggingface, read_huggingface(path), path / "config.json")
-    raise InteropError(f"{path / 'config.json'}: model_type: '{model_type}' is no model of {', '.join(candidates)}")
+    interops = {name: load_interop(name) for name in candidates}
+    known = {name: i for name, i in interops.items() if i and model_type in getattr(i, "HF_MODEL_TYPES", ())}
+    if not known:
+        raise InteropError(f"{path / 'config.json'}: model_type: '{model_type}' is no model of {', '.join(candidates)}")
+    model = read_huggingface(path)
+
+    def is_told_apart(name: str) -> bool:
+        """Methods that share a class of transformers with others say which of its options tells theirs apart."""
+        fields = getattr(known[name], "HF_FIELDS", {})
+        return all(model.config.get(field) == value for field, value in fields.items())
+
+    name = next(filter(is_told_apart, known), next(iter(known)))
+    return _imported(name, path, known[name].from_huggingface, model, path / "config.json")
 
 
 def _foreign_file(path: Path, wanted: list[str] | None) -> Weights:
