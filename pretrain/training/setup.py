@@ -53,8 +53,7 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     augmenter = open_augmentation(config, corpus, collator)
     reader = planned_reader(config, corpus.train, collator, corpus.mix, augmenter)
 
-    if world.is_main:
-        resources.enter_context(checkpoint.run_lock(config.run_dir))
+    world.from_main(lambda: resources.enter_context(checkpoint.run_lock(config.run_dir)))
     torch.manual_seed(config.seed)
     method = method_class(method_config)
     found, notes = checkpoint.find_resumable(config.run_dir, world)
