@@ -27,6 +27,7 @@ from pretrain.config.compose import (
     ROOT,
     check_overrides,
     compose_recipe,
+    hydra_errors,
     recipe_method_block,
     recipe_names,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "check_overrides",
     "compose_recipe",
     "encoder_config",
+    "hydra_errors",
     "nearest",
     "nested_class",
     "parse_cli",

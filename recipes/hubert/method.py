@@ -6,14 +6,14 @@ Letters: S label sets, N scored frames, C clusters, P projection width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
 from pretrain.method import Batch, Counts, Example, Method, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import stride_samples
@@ -38,7 +38,7 @@ class HubertConfig:
     label_rates_hz: list[int]
     mask_prob: float
     mask_length: int
-    mask_min_spans: int
+    mask_min_spans: int = field(metadata=MAY_BE_ZERO)
     logit_temp: float
     pred_masked_weight: float
     pred_nomask_weight: float
