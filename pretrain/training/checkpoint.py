@@ -184,8 +184,8 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1, names: Collection[st
         listed = [(name, facts["bytes"], facts["sha256"]) for name, facts in sorted(files.items())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint / COMPLETE}: {error}"
-    if "state.json" not in files:
-        return f"{checkpoint / COMPLETE}: does not list state.json"
+    if not listed:
+        return f"{checkpoint / COMPLETE}: lists no files"
     for index, (name, size, sha256) in enumerate(listed):
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
