@@ -210,6 +210,9 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
             )
         ],
         ({"deepspeed": {"zero_optimization": None}}, r"deepspeed\.zero_optimization: None is no block; give"),
+        ({"trainer": 5}, r"trainer: 5 is no block of options; give them as \{option: value"),
+        ({"augment": [1]}, r"^augment: \[1\] is no block of options"),
+        ({"schedule": {"name": [1]}}, r"schedule\.name: \[1\] is no name"),
         ({"deepspeed": {}}, r"deepspeed\.zero_optimization: None is no block; give"),
         *[
             (

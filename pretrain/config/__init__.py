@@ -15,6 +15,7 @@ from pretrain.config.blocks import (
     OptimizerConfig,
     RunConfig,
     TrainerConfig,
+    check_seed,
     run_config,
     save_yaml,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "check_bounds",
     "check_keys",
     "check_overrides",
+    "check_seed",
     "compose_recipe",
     "encoder_config",
     "hydra_errors",

@@ -17,6 +17,12 @@ ZERO_STAGES = range(4)
 MAX_SEED = 2**63 - 1  # of torch's and numpy's generators both
 
 
+def check_seed(seed: int, most: int = MAX_SEED) -> None:
+    """Raise ConfigError for a seed that generators do not take."""
+    if not 0 <= seed <= most:
+        raise ConfigError(f"seed: {seed} is out of range; give 0 to {most}")
+
+
 @dataclass
 class BatchConfig:
     """The published batch: seconds of audio in one micro-batch, micro-batches in one optimiser update.
@@ -256,8 +262,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in (".", "..") or set(self.name) & set("/\\\0")):
             raise ConfigError(f"name: '{self.name}' is no name of a folder; the folders before it go into output_dir")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed: {self.seed} is out of range; give 0 to {MAX_SEED}")
+        check_seed(self.seed)
+        if not isinstance(self.schedule.get("name"), str):
+            raise ConfigError(f"schedule.name: {self.schedule.get('name')!r} is no name; leave it to the recipe")
         self._check_zero()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")

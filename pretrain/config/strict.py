@@ -148,6 +148,8 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
         nested = nested_class(hints[key])
         if nested is not None and isinstance(value, dict):
             check_keys(nested, value, path)
+        elif nested is not None and value is not None and not isinstance(value, nested):
+            raise ConfigError(f"{path}: {value!r} is no block of options; give them as {{option: value, ...}}")
 
 
 def nested_class(hint: Any) -> type | None:

@@ -64,6 +64,8 @@ def read_weights(path_or_url: str | Path, method_name: str | None = None, refres
 
 def _read(path_or_url: str | Path, wanted: list[str] | None, refresh: bool = False) -> Weights:
     """Weights of one of the methods `wanted`, the likeliest first; None is any."""
+    if path_or_url == "":  # not the current folder, which it would mean as a path
+        raise InteropError("path_or_url: empty; give a run, an export, a Hugging Face folder or a .pt")
     path = fetch(path_or_url, refresh) if isinstance(path_or_url, str) and is_url(path_or_url) else Path(path_or_url)
     if path.is_file():
         weights = _foreign_file(path, wanted)
