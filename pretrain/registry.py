@@ -36,6 +36,8 @@ def load_method(name: str) -> ModuleType:
 
 
 def _package(name: str) -> ModuleType:
+    if not isinstance(name, str):
+        raise UserError(f"method.name: {name!r} is no name of a method; known: {', '.join(method_names())}")
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) and (RECIPES_DIR / name / "__init__.py").is_file():
         return importlib.import_module(f"recipes.{name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):

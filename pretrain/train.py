@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pretrain.config import CONF_DIR, check_overrides, run_config
+from pretrain.config import CONF_DIR, check_overrides, hydra_errors, run_config
 from pretrain.config.strict import plain_mapping
 from pretrain.errors import UserError
 
@@ -32,7 +32,9 @@ def main(values: DictConfig) -> None:
 
     recipe = HydraConfig.get().runtime.choices["recipe"]
     try:
-        config = run_config({**plain_mapping(values, resolve=True), "recipe": recipe})
+        with hydra_errors():
+            plain = plain_mapping(values, resolve=True)
+        config = run_config({**plain, "recipe": recipe})
         with ExitStack() as resources:
             status = dry_run(config) if config.trainer.dry_run else build_trainer(config, resources).fit()
     except UserError as error:
@@ -49,4 +51,9 @@ if __name__ == "__main__":
             sys.argv[1:] = check_overrides(sys.argv[1:])
         except UserError as wrong:
             sys.exit(f"error: {wrong}")
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # it raises its errors, instead of printing them, to be worded here
+    try:
+        with hydra_errors():
+            main()
+    except UserError as wrong:
+        sys.exit(f"error: {wrong}")

@@ -330,6 +330,9 @@ def test_only_the_piece_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             r"augment\.noise\.prob: 0 is not in \(0, 1\]; set augment\.noise to null",
         ),
         ("noise: {prob: 0.4, snr_db: [10, 0]}", r"augment\.noise\.snr_db: \[10\.0, 0\.0\] is not \[lowest, highest\]"),
+        ("noise: {prob: 0.4, snr_db: [0, 101]}", r"augment\.noise\.snr_db: .* give two numbers from -100 to 100"),
+        ("white_noise: {prob: 0.4, snr_db: [-500, 0]}", r"augment\.white_noise\.snr_db: .* from -100 to 100"),
+        ("mixing: {prob: 0.4, snr_db: [.nan, 0]}", r"augment\.mixing\.snr_db: \[nan, 0\.0\] is not"),
         ("noise: {prob: 0.4, snr_db: [0, 1], max_part: 1.5}", r"augment\.noise\.max_part: 1\.5 is not in \(0, 1\]"),
         (
             "mixing: {prob: 0.2, snr_db: [-5, 5], max_part: 0.6}",

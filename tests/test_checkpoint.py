@@ -336,6 +336,47 @@ def test_a_resumed_run_says_which_rules_changed() -> None:
     ]
 
 
+def test_labels_that_an_older_run_did_not_identify_are_unknown(tmp_path: Path) -> None:
+    check_identity({"labels": ["", "ab"]}, {"labels": ["cd", "ab"]}, tmp_path)
+    for now in (["cd", "ef"], ["cd"]):
+        with pytest.raises(CheckpointError, match="labels: was"):
+            check_identity({"labels": ["", "ab"]}, {"labels": now}, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"files": []}', '{"files": {}}', '{"files": {"state.json": 1}}', "{}"])
+def test_a_complete_json_of_another_shape_is_damage(run: Path, engine: Engine, world: World, text: str) -> None:
+    older = newest(run)
+    assert save(run, engine, world, 9) is None
+    (run / "checkpoints" / names(run)[-1] / "complete.json").write_text(text)
+    assert newest(run) == older
+    found, passed_over = find_resumable(run, world)
+    assert found is not None
+    assert found.name == older
+    assert "complete.json: " in passed_over[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda state: state | {"later": 1}, "unexpected keyword argument 'later'"),
+        (lambda state: {"step": 1}, "missing 5 required positional arguments"),
+    ],
+)
+def test_the_state_of_another_version_is_named(run: Path, change: Callable[[dict], dict], problem: str) -> None:
+    place = run / "checkpoints" / names(run)[-1]
+    (place / "state.json").write_text(json.dumps(change(json.loads((place / "state.json").read_text()))))
+    with pytest.raises(CheckpointError, match=rf"state\.json: .*{problem}.*; it is of another version of this package"):
+        checkpoint.load_state(place)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        CheckpointError, match=r"file/x/run: cannot be written \(Not a directory: .*give another output_dir="
+    ):
+        run_lock(tmp_path / "file" / "x" / "run").__enter__()
+
+
 def test_changed_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     saved = {"seed": 1, "batch": {"micro_batches_per_step": 4}, "crop": {"max_seconds": 2.0}}
     check_identity(saved, dict(saved), tmp_path)

@@ -33,6 +33,7 @@ from pretrain.training.schedule import build_schedule
 
 composed = cache(compose_recipe)
 TINY = composed("hubert_tiny")
+NAN, INFINITY = float("nan"), float("inf")
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
@@ -78,6 +79,10 @@ def test_overrides_reach_the_configuration() -> None:
         ),
         (["recipe=hubert_tiny", "method.mask_lenght=5"], r"did you mean method\.mask_length"),
         (["recipe=hubert_tiny", "batchsize=5"], r"batchsize: no such option; did you mean batch"),
+        (["recipe=hubert_tiny", "data=libri"], r"data: there is no conf/data/libri\.yaml; did you mean librilight"),
+        (["recipe=hubert_tiny", "deepspeed=zero9"], r"deepspeed: there is no conf/deepspeed/zero9\.yaml; did you mean"),
+        (["recipe=hubert_tiny", "deepspeed=null"], r"deepspeed: there is no conf/deepspeed/null\.yaml; known: zero0"),
+        (["recipe=hubert_tiny", "name=a=b"], r"name: Hydra cannot read the value a=b .*\"name='a=b'\""),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_nearest_names(arguments: list[str], message: str) -> None:
@@ -85,8 +90,21 @@ def test_wrong_arguments_are_refused_with_the_nearest_names(arguments: list[str]
         check_overrides(arguments)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("batch=[1,2]", r"Error merging override batch=\[1,2\]: Cannot merge DictConfig with ListConfig; correct it"),
+        ("name=${nonexistent}", r"^name: Interpolation key 'nonexistent' not found; correct it on the command line"),
+        ("hydra.foo=1", r"Could not override 'hydra\.foo': Key 'foo' not in 'HydraConf'; correct it"),
+    ],
+)
+def test_hydras_own_errors_become_sentences(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_recipe("hubert_tiny", [argument])
+
+
 def test_right_arguments_pass() -> None:
-    arguments = ["recipe=hubert_tiny", "data=custom", "data.dir=/x", "name=a=b", "hydra.verbose=true", "--cfg", "job"]
+    arguments = ["recipe=hubert_tiny", "data=custom", "data.dir=/x", "name='a=b'", "hydra.verbose=true", "--cfg", "job"]
     more = ["~data.labels", "trainer.profile=true"]
     assert check_overrides([*arguments, *more]) == [*arguments, *more]
     assert check_overrides([arguments[0], "+seed=1", "++seed=2"]) == [arguments[0], "seed=1", "seed=2"]
@@ -163,6 +181,53 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
         ({"precision": "fp8"}, r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
         ({"init_head": "drop"}, r"init_head: 'drop' is not one of keep, reset"),
         ({"method": {}}, r"method\.name: missing; choose a recipe"),
+        ({"method": {"name": None}}, r"method\.name: None is no name"),
+        ({"method": {"name": [1]}}, r"method\.name: \[1\] is no name"),
+        ({"seed": -1}, r"seed: -1 is out of range; give 0 to 9223372036854775807"),
+        ({"seed": 10**23}, r"seed: 1"),
+        ({"name": ".."}, r"name: '\.\.' is no name of a folder"),
+        ({"name": "a/b"}, r"name: 'a/b' is no name of a folder; .* output_dir"),
+        ({"name": ""}, r"name: empty; give a value, or leave the option out"),
+        ({"init_from": ""}, r"init_from: empty"),
+        ({"output_dir": ""}, r"output_dir: empty"),
+        *[({"data": TINY["data"] | {key: ""}}, rf"data\.{key}: empty") for key in ("dir", "labels", "noise", "rirs")],
+        ({"data": TINY["data"] | {"labels": 5}}, r"data\.labels: 5 is no path"),
+        ({"data": TINY["data"] | {"labels": [1, None]}}, r"data\.labels: \[1, None\] is no path"),
+        ({"data": TINY["data"] | {"labels": [""]}}, r"data\.labels: \[''\] is no path"),
+        ({"data": TINY["data"] | {"workers": -1}}, r"data\.workers: -1 is negative; 0 reads"),
+        ({"data": TINY["data"] | {"max_bad_share": NAN}}, r"data\.max_bad_share: nan is no share"),
+        *[
+            ({"data": TINY["data"] | {"sampling_alpha": value}}, rf"data\.sampling_alpha: {value:g} is no number")
+            for value in (-1.0, NAN, INFINITY)
+        ],
+        ({"data": TINY["data"] | {"corpora": 5}}, r"data\.corpora: 5 is no list; give"),
+        *[
+            ({"batch": {"seconds_per_micro_batch": value, "micro_batches_per_step": 1}}, r"batch: .* finite")
+            for value in (NAN, INFINITY)
+        ],
+        *[
+            ({"crop": {"min_seconds": 1.0, "max_seconds": value}}, r"crop: need .* not 1\.0, .* finite")
+            for value in (NAN, INFINITY)
+        ],
+        *[
+            ({"trainer": TINY["trainer"] | {key: value}}, rf"trainer\.{key}: {value} is not a positive number")
+            for key, value in (
+                *(("stop_after_updates", 0), ("stop_after_updates", -3), ("threads", 0), ("max_failed_steps", 0)),
+                ("save_minutes", NAN),
+            )
+        ],
+        ({"deepspeed": {"zero_optimization": None}}, r"deepspeed\.zero_optimization: None is no block; give"),
+        ({"trainer": 5}, r"trainer: 5 is no block of options; give them as \{option: value"),
+        ({"augment": [1]}, r"^augment: \[1\] is no block of options"),
+        ({"schedule": {"name": [1]}}, r"schedule\.name: \[1\] is no name"),
+        ({"deepspeed": {}}, r"deepspeed\.zero_optimization: None is no block; give"),
+        *[
+            (
+                {"deepspeed": {"zero_optimization": {"stage": value}}},
+                rf"zero_optimization\.stage: {value!r} is no stage",
+            )
+            for value in (5, "two", True, None)
+        ],
     ],
 )
 def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -223,11 +288,12 @@ class Tool:
     output: str = "out"
     ratio: float = 0.5
     name: str | None = None
+    table: str = ""
 
 
 def test_a_tools_arguments_are_typed() -> None:
-    tool = parse_cli(Tool, ["data.dir=/x", "clusters=100", "ratio=1", "data.parts=[3]"])
-    assert tool == Tool(Inner("/x", [3]), 100, "out", 1.0, None)
+    tool = parse_cli(Tool, ["data.dir=/x", "clusters=100", "ratio=1", "data.parts=[3]", "table="])
+    assert tool == Tool(Inner("/x", [3]), 100, "out", 1.0, None, "")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +304,9 @@ def test_a_tools_arguments_are_typed() -> None:
         (["clusters=many", "data.dir=x"], r"clusters"),
         (["clusters=1"], r"data.*: missing"),
         (["data.dir=x"], r"clusters: missing"),
+        (["clusters=1", "data.dir="], r"data\.dir: empty; give a value"),
+        (["clusters=1", "data.dir=x", "name="], r"name: empty"),
+        (["clusters=1", "data.dir=x", "output="], r"output: empty"),
         (["clusters", "1"], r"clusters: arguments have the form key=value; --help lists the keys"),
     ],
 )

@@ -91,6 +91,9 @@ def test_a_corpus_without_validation_is_left_out_of_it(two: Path, tmp_path: Path
 def test_what_identifies_a_run(two: Path) -> None:
     """Moving the corpora changes nothing; order, tags, weights and alpha do."""
     a, b = entry(two, "a"), entry(two, "b")
+    shutil.copytree(two / "b" / "labels", two / "other", dirs_exist_ok=True)
+    labels = np.load(two / "other" / "train.npy")
+    np.save(two / "other" / "train.npy", (labels + 1) % 6)
     weighted = [{**a, "weight": 1}, {**b, "weight": 2}]
     identities = [
         opened(two).identity(),
@@ -100,6 +103,7 @@ def test_what_identifies_a_run(two: Path) -> None:
         opened(two, *weighted).identity(),
         opened(two, {**weighted[0], "weight": 3}, weighted[1]).identity(),
         opened(two, a).identity(),
+        opened(two, a, {**b, "labels": str(two / "other")}).identity(),
     ]
     assert len({json.dumps(identity) for identity in identities}) == len(identities)
     assert opened(two).identity() == identities[0] == opened(two, sampling_alpha=1.0).identity()
@@ -146,7 +150,10 @@ def test_a_part_may_be_transcribed(two: Path) -> None:
         ({"corpora": [{"tag": "a", "dir": "x", "weight": 1}, {"tag": "b", "dir": "x"}]}, r"weight: give every corpus"),
         ({"corpora": [{"tag": "a", "dir": "x", "weight": 0}]}, r"weight: give every corpus a positive one"),
         ({"corpora": [{"tag": "a", "dir": "x", "weight": 1}], "sampling_alpha": 0.5}, r"without data\.sampling_alpha"),
-        ({"sampling_alpha": -1.0}, r"data\.sampling_alpha: -1 is negative"),
+        ({"sampling_alpha": -1.0}, r"data\.sampling_alpha: -1 is no number from 0 on"),
+        ({"corpora": [{"tag": "a", "dir": "x", "labels": 5}]}, r"data\.corpora: a: labels: 5 is no path"),
+        ({"corpora": [{"tag": "a", "dir": ""}]}, r"data\.corpora\[0\]\.dir: empty"),
+        ({"corpora": [{"tag": "a", "dir": "x", "weight": float("nan")}]}, r"weight: give every corpus a positive one"),
     ],
 )
 def test_wrong_lists_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 from small_hubert import small_method
 
-from pretrain.config import MAX_LAYERS, MAX_SIZE, ConfigError, compose_recipe, encoder_config, typed_method
+from pretrain.config import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    ConfigError,
+    compose_recipe,
+    encoder_config,
+    recipe_method_block,
+    typed_method,
+)
 from pretrain.errors import UserError
 from pretrain.features.front_end import FrontEndConfig
 from pretrain.models.speech_config import SpeechEncoderConfig
 from pretrain.models.speech_encoder import SpeechEncoder
+from pretrain.registry import load_method
 from pretrain.upstream import Upstream
 from pretrain.weights.export import write_native
 from pretrain.weights.interop.files import write_huggingface
@@ -167,6 +176,24 @@ def test_an_export_without_its_parts_is_refused(name: str, exports: dict[str, Pa
         Upstream(None, path)
 
 
+def test_the_weights_of_an_export_are_those_that_its_config_json_lists(
+    exports: dict[str, Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(exports["native"], tmp_path / "native")
+    Upstream(None, path)
+    weights = path / "encoder.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(InteropError, match=r"encoder\.safetensors: its content is not the one that config\.json lists"):
+        Upstream(None, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "files"}))
+    Upstream(None, path)
+    weights.unlink()
+    with pytest.raises(InteropError, match=r"encoder\.safetensors: not a complete safetensors file .*copy or download"):
+        Upstream(None, path)
+
+
 def test_an_interop_error_is_a_value_error(exports: dict[str, Path]) -> None:
     """As s3prl's users expect of an upstream that cannot be built."""
     with pytest.raises(ValueError, match="no recipe or method"):
@@ -189,3 +216,28 @@ def test_an_interop_error_is_a_value_error(exports: dict[str, Path]) -> None:
 def test_a_wrong_option_of_a_recipes_encoder_is_a_user_error(option: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         typed_method(HubertConfig, compose_recipe("hubert_tiny", [option])["method"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "value", "least"),
+    [
+        ("hubert_tiny", "final_dim", 0, 1),
+        ("hubert_tiny", "mask_length", 0, 1),
+        ("hubert_tiny", "mask_min_spans", -1, 0),
+        ("wav2vec2_tiny", "latent_vars", 0, 1),
+        ("wav2vec2_tiny", "latent_groups", 0, 1),
+        ("unispeech_tiny", "latent_dim", -2, 1),
+        ("decoar_tiny", "reconstruction_dim", 0, 1),
+        ("decoar2_tiny", "mask_min_space", -1, 0),
+        ("cpc_tiny", "predictor_heads", 0, 1),
+        ("wav2vec_tiny", "prediction_steps", 0, 1),
+        ("data2vec_tiny", "ema_anneal_end_step", -1, 0),
+        ("mpc_tiny", "chunk_size", 0, 1),
+    ],
+)
+def test_the_sizes_of_a_methods_heads_are_bounded(recipe: str, option: str, value: int, least: int) -> None:
+    block = recipe_method_block(recipe)
+    cls = load_method(block["name"]).Method.Config
+    typed_method(cls, block)
+    with pytest.raises(ConfigError, match=rf"^method\.{option}: {value} must be at least {least}$"):
+        typed_method(cls, block | {option: value})

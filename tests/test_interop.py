@@ -90,6 +90,14 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         read_torch(path)
 
 
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"exp/hubert\n", b"0", b"\x80\x02]q\x00.", b"\xff" * 99])
+def test_a_file_that_is_none_of_torchs_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(InteropError, match=r"notes\.txt: "):
+        read_torch(path)
+
+
 def test_written_files_hold_plain_containers_only(tmp_path: Path) -> None:
     with pytest.raises(InteropError, match="cfg: a PosixPath"):
         write_torch(tmp_path / "a.pt", {"cfg": Path("x")})

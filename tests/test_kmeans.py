@@ -126,6 +126,8 @@ def test_wrong_options_are_refused() -> None:
         FitOptions(8, backend="torch")
     with pytest.raises(FitError, match="clusters: is 0"):
         FitOptions(0)
+    with pytest.raises(UserError, match="seed: -1 is out of range; give 0 to 2147483647"):
+        FitOptions(8, seed=-1)
     with pytest.raises(FeatureError, match="unknown kind 'plp'"):
         FeatureSpec("plp")
     with pytest.raises(FeatureError, match="has no layers"):

@@ -114,6 +114,31 @@ def test_a_fairseq_directory_is_parsed_once(fairseq_dir: Path, manifest: Manifes
     assert (fairseq_dir / "train.npy").stat().st_mtime_ns == parsed
 
 
+def test_labels_without_a_kmeans_model_are_told_apart_by_their_content(
+    labels_dir: Path, fairseq_dir: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows()
+    rows[-1] = (rows[-1] + 1) % CLASSES
+    write_labels(tmp_path / "others", 100, CLASSES, {"train": (manifest, rows)})
+    moved = shutil.copytree(labels_dir, tmp_path / "moved")
+
+    def fingerprints(*places: Path) -> list[str]:
+        return [LabelSet.open(place, "train", manifest, 100).fingerprint() for place in places]
+
+    same, text, copied, others = fingerprints(labels_dir, fairseq_dir, moved, tmp_path / "others")
+    assert same == text == copied != others
+    assert len(same) == 64
+    # Of labels that are too many to be read whole, the last block is among those that are.
+    monkeypatch.setattr("pretrain.data.labels.FINGERPRINT_BYTES", 64)
+    monkeypatch.setattr("pretrain.data.labels.FINGERPRINT_BLOCKS", 4)
+    sampled, text, others = fingerprints(labels_dir, fairseq_dir, tmp_path / "others")
+    assert sampled == text
+    assert len({same, sampled, others}) == 3
+    info = json.loads((moved / "labels.json").read_text())
+    (moved / "labels.json").write_text(json.dumps(info | {"kmeans_sha256": "ab"}))
+    assert fingerprints(moved) == ["ab"]
+
+
 def test_a_fairseq_directory_whose_text_changed_is_parsed_again(fairseq_dir: Path, manifest: Manifest) -> None:
     LabelSet.open(fairseq_dir, "train", manifest, rate_hz=100)
     text = (fairseq_dir / "train.km").read_text()

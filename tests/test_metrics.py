@@ -187,6 +187,18 @@ def test_a_run_that_starts_over_starts_an_empty_log(tmp_path: Path) -> None:
     assert [line["update"] for line in lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("line", ['{"foo": 1}', "not json", "[]", "5", '{"update": null}', '{"update": "x"}'])
+def test_a_line_that_is_none_of_ours_stops_no_restart(line: str, tmp_path: Path) -> None:
+    report(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    report(tmp_path, 2, range(3, 5))
+    assert [own["update"] for own in lines(tmp_path)] == [1, 2, 3, 4]
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    report(tmp_path, 2, range(3, 5))
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[0] == line
+
+
 def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, 10, 0, 0)
     reporter.histogram("train/labels", torch.tensor([5.0, 0.0, 3.0]), 7)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pretrain.config import PRECISIONS, ROOT, ConfigError, parse_cli, run_tool
+from pretrain.config import PRECISIONS, ROOT, ConfigError, check_seed, parse_cli, run_tool
 from pretrain.errors import UserError
 from pretrain.probe.report import BASELINE, UNTRAINED, UPSTREAM
 
@@ -51,6 +51,7 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")
+        check_seed(self.seed)
         if self.updates < MIN_UPDATES:
             raise ConfigError(f"updates: {self.updates} are too few; take at least {MIN_UPDATES}")
 

@@ -15,6 +15,7 @@ from pretrain.config.blocks import (
     OptimizerConfig,
     RunConfig,
     TrainerConfig,
+    check_seed,
     run_config,
     save_yaml,
 )
@@ -27,6 +28,7 @@ from pretrain.config.compose import (
     ROOT,
     check_overrides,
     compose_recipe,
+    hydra_errors,
     recipe_method_block,
     recipe_names,
 )
@@ -69,8 +71,10 @@ __all__ = [
     "check_bounds",
     "check_keys",
     "check_overrides",
+    "check_seed",
     "compose_recipe",
     "encoder_config",
+    "hydra_errors",
     "nearest",
     "nested_class",
     "parse_cli",

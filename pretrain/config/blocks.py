@@ -13,6 +13,14 @@ from pretrain.config.strict import ConfigError, typed
 from pretrain.data.augment.options import AugmentConfig
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ZERO_STAGES = range(4)
+MAX_SEED = 2**63 - 1  # of torch's and numpy's generators both
+
+
+def check_seed(seed: int, most: int = MAX_SEED) -> None:
+    """Raise ConfigError for a seed that generators do not take."""
+    if not 0 <= seed <= most:
+        raise ConfigError(f"seed: {seed} is out of range; give 0 to {most}")
 
 
 @dataclass
@@ -27,8 +35,8 @@ class BatchConfig:
     within: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds_per_micro_batch <= 0 or self.micro_batches_per_step < 1:
-            raise ConfigError("batch: both fields must be positive")
+        if not 0 < self.seconds_per_micro_batch < math.inf or self.micro_batches_per_step < 1:
+            raise ConfigError("batch: both fields must be positive and finite")
         if self.within not in (None, "speaker"):
             raise ConfigError(f"batch.within: '{self.within}' is unknown; take speaker, or null for any utterances")
 
@@ -57,8 +65,11 @@ class CropConfig:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_seconds <= self.max_seconds:
-            raise ConfigError(f"crop: need 0 < min_seconds <= max_seconds, not {self.min_seconds}, {self.max_seconds}")
+        if not 0 < self.min_seconds <= self.max_seconds < math.inf:
+            raise ConfigError(
+                f"crop: need 0 < min_seconds <= max_seconds, not {self.min_seconds}, {self.max_seconds}; give two "
+                "finite numbers in this order"
+            )
 
 
 @dataclass
@@ -97,6 +108,9 @@ class CorpusConfig:
     classes: str | None = None
     weight: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_labels(self.labels, f"data.corpora: {self.tag}: labels")
+
     def label_dirs(self) -> list[Path]:
         """The label directories, one per label set."""
         return _paths(self.labels)
@@ -130,12 +144,19 @@ class DataConfig:
     rirs: str | None = None
 
     def __post_init__(self) -> None:
-        if self.sampling_alpha is not None and self.sampling_alpha < 0:
+        _check_labels(self.labels, "data.labels")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers: {self.workers} is negative; 0 reads the audio in the run's own process")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(f"data.max_bad_share: {self.max_bad_share:g} is no share; give 0 to 1")
+        if self.sampling_alpha is not None and not 0 <= self.sampling_alpha < math.inf:
             raise ConfigError(
-                f"data.sampling_alpha: {self.sampling_alpha:g} is negative; 1 is natural, 0 makes all equal"
+                f"data.sampling_alpha: {self.sampling_alpha:g} is no number from 0 on; 1 is natural, 0 makes all equal"
             )
         if self.corpora is None:
             return
+        if not isinstance(self.corpora, list):
+            raise ConfigError(f"data.corpora: {self.corpora!r} is no list; give [{{tag: ..., dir: ...}}, ...]")
         entries = [vars(entry) if is_dataclass(entry) else entry for entry in self.corpora]
         self.corpora = [typed(CorpusConfig, entry, f"data.corpora[{i}]") for i, entry in enumerate(entries)]
         self._check_corpora()
@@ -148,7 +169,8 @@ class DataConfig:
         if not tags or len(set(tags)) < len(tags):
             raise ConfigError(f"data.corpora: the tags are {tags}; list at least one corpus, each tag once")
         weights = [corpus.weight for corpus in self.corpora if corpus.weight is not None]
-        if weights and (len(weights) < len(tags) or min(weights) <= 0 or self.sampling_alpha is not None):
+        unusable = not all(0 < weight < math.inf for weight in weights)
+        if weights and (len(weights) < len(tags) or unusable or self.sampling_alpha is not None):
             raise ConfigError(
                 "data.corpora: weight: give every corpus a positive one, without data.sampling_alpha, or none of them"
             )
@@ -158,9 +180,19 @@ class DataConfig:
         return _paths(self.labels)
 
 
+def _check_labels(labels: Any, where: str) -> None:
+    """Raise ConfigError unless `labels` are null, a path or a list of paths."""
+    if labels is not None and not all(isinstance(name, str) and name for name in _listed(labels)):
+        raise ConfigError(f"{where}: {labels!r} is no path; give a label directory, a list of them, or null")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _paths(names: Any) -> list[Path]:
     """None, one name or a list of them as paths."""
-    return [Path(name) for name in ([] if names is None else [names] if isinstance(names, str) else names)]
+    return [] if names is None else [Path(name) for name in _listed(names)]
 
 
 @dataclass
@@ -192,10 +224,14 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.dry_run_device not in ("cuda", "cpu"):
             raise ConfigError(f"trainer.dry_run_device: '{self.dry_run_device}' is not one of cuda, cpu")
-        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
-            raise ConfigError(f"trainer.dry_run_ranks: {self.dry_run_ranks} is not a positive number")
-        for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_validation_batches"):
-            if getattr(self, name) < 1:
+        for name in ("stop_after_updates", "threads", "dry_run_ranks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number; give one, or null")
+        for name in (
+            *("log_every", "validate_every", "save_every", "save_minutes", "keep_checkpoints"),
+            *("max_validation_batches", "max_failed_steps"),
+        ):
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"trainer.{name}: {getattr(self, name)} is not a positive number")
         if self.audio_examples < 0:
             raise ConfigError(f"trainer.audio_examples: {self.audio_examples} is negative; 0 writes none")
@@ -231,10 +267,24 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
+        if self.name is not None and (self.name in (".", "..") or set(self.name) & set("/\\\0")):
+            raise ConfigError(f"name: '{self.name}' is no name of a folder; the folders before it go into output_dir")
+        check_seed(self.seed)
+        if not isinstance(self.schedule.get("name"), str):
+            raise ConfigError(f"schedule.name: {self.schedule.get('name')!r} is no name; leave it to the recipe")
+        self._check_zero()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")
         if self.init_head not in ("keep", "reset"):
             raise ConfigError(f"init_head: '{self.init_head}' is not one of keep, reset")
+
+    def _check_zero(self) -> None:
+        where, zero = "deepspeed.zero_optimization", self.deepspeed.get("zero_optimization")
+        if not isinstance(zero, dict):
+            raise ConfigError(f"{where}: {zero!r} is no block; give {{stage: 0}} to {{stage: 3}}, or deepspeed=zero1")
+        stage = zero.get("stage")
+        if type(stage) is not int or stage not in ZERO_STAGES:
+            raise ConfigError(f"{where}.stage: {stage!r} is no stage of ZeRO; give 0, 1, 2 or 3")
 
     @property
     def run_dir(self) -> Path:
@@ -244,8 +294,11 @@ class RunConfig:
 
 def run_config(values: dict[str, Any]) -> RunConfig:
     """Type a composed configuration. The method block is typed later, by the method that it names."""
-    if "name" not in (values.get("method") or {}):
+    method = values.get("method") or {}
+    if not isinstance(method, dict) or "name" not in method:
         raise ConfigError("method.name: missing; choose a recipe with recipe=<name>")
+    if not isinstance(method["name"], str):
+        raise ConfigError(f"method.name: {method['name']!r} is no name; leave it to the recipe")
     return typed(RunConfig, values)
 
 

@@ -39,7 +39,11 @@ def parse_cli(cls: type[T], arguments: list[str], description: str | None = None
     wrong = [argument for argument in arguments if "=" not in argument]
     if wrong:
         raise ConfigError(f"{wrong[0]}: arguments have the form key=value; --help lists the keys")
-    return typed(cls, plain_mapping(OmegaConf.from_dotlist(arguments)))
+    values = OmegaConf.from_dotlist(arguments)
+    for argument in arguments:
+        if argument.endswith("=") and argument.count("=") == 1:
+            OmegaConf.update(values, argument[:-1], "")  # which YAML reads as null
+    return typed(cls, plain_mapping(values))
 
 
 def _usage(cls: type, prefix: str = "") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.blocks import RunConfig
 from pretrain.config.strict import ConfigError, nearest, nested_class, plain_mapping, variants
@@ -57,11 +60,26 @@ def _composed(conf_dir: Path, recipe: str, overrides: tuple[str, ...]) -> dict[s
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir), version_base="1.3"):
+    with hydra_errors(), initialize_config_dir(str(conf_dir), version_base="1.3"):
         config = compose("config", [f"recipe={recipe}", *overrides], return_hydra_config=True)
-    values = plain_mapping(config)
-    values.pop("hydra")
-    return {**plain_mapping(OmegaConf.create(values), resolve=True), "recipe": recipe}
+        values = plain_mapping(config)
+        values.pop("hydra")
+        return {**plain_mapping(OmegaConf.create(values), resolve=True), "recipe": recipe}
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Hydra's and OmegaConf's own errors about a composition as ConfigErrors of one sentence."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}; correct it on the command line or in conf/") from None
+    except HydraException as error:
+        reasons = [str(reason).splitlines()[0].rstrip(".") for reason in (error, error.__cause__) if reason is not None]
+        raise ConfigError(f"{': '.join(reasons)}; correct it on the command line or in conf/") from None
 
 
 def check_overrides(arguments: list[str]) -> list[str]:
@@ -69,9 +87,11 @@ def check_overrides(arguments: list[str]) -> list[str]:
 
     Options are those in YAML and the fields of the run's dataclasses, the method's and the schedule's included. Hydra
     wants ++ before an option that stands in no YAML, which is added here: users need not know which have a default in
-    a dataclass. Raises ConfigError, with the nearest names, where the recipe or an option does not exist; Hydra's own
-    answer to a mistyped option is to prefix it with +, after which it would be taken.
+    a dataclass. Raises ConfigError, with the nearest names, where the recipe, another file of a group or an option does
+    not exist; Hydra's own answer to a mistyped option is to prefix it with +, after which it would be taken. It raises
+    ConfigError too for an argument that Hydra's grammar does not read.
     """
+    _check_grammar(arguments)
     pairs = dict(argument.split("=", 1) for argument in arguments if _is_override(argument))
     if "recipe" not in pairs:
         raise ConfigError(f"recipe: missing; say recipe=<name>; known: {', '.join(recipe_names())}")
@@ -80,10 +100,35 @@ def check_overrides(arguments: list[str]) -> list[str]:
         raise ConfigError(f"recipe: unknown recipe '{recipe}'; {nearest(recipe, recipe_names())}")
     in_yaml = _flat_keys(_compose(recipe, []))
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    if not any(argument.startswith(("--config-dir", "-cd")) for argument in arguments):  # has groups of its own
+        for group in groups & pairs.keys():
+            _check_choice(group, pairs[group])
     return [
         _as_hydra_takes(argument, pairs, in_yaml, groups) if _is_override(argument) else argument
         for argument in arguments
     ]
+
+
+def _check_grammar(arguments: list[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for argument in filter(_is_override, arguments):
+        try:
+            parser.parse_override(argument)
+        except HydraException as error:
+            name, value = argument.split("=", 1)
+            raise ConfigError(
+                f"{name}: Hydra cannot read the value {value} ({str(error).splitlines()[0]}); put it between quotes "
+                f"that the shell leaves: \"{name}='{value}'\""
+            ) from None
+
+
+def _check_choice(group: str, value: str) -> None:
+    known = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    if value.strip("'\"") not in known and not set(value) & set("[],"):
+        raise ConfigError(f"{group}: there is no conf/{group}/{value}.yaml; {nearest(value, known)}")
 
 
 def _is_override(argument: str) -> bool:

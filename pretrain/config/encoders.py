@@ -49,13 +49,29 @@ def upgraded(cls: type, values: Any) -> Any:
 def typed_method(cls: type[T], values: dict[str, Any]) -> T:
     """Build the configuration dataclass `cls` of a method from its block; its `encoder` is bounded as above.
 
-    Raises ConfigError, and what `cls` raises for values that do not go together.
+    Its own integers are at least 1, or 0 for fields with the metadata `MAY_BE_ZERO`. Raises ConfigError, and what `cls`
+    raises for values that do not go together.
     """
     plain = typed_values(cls, values, "method")
     encoder = nested_class(get_type_hints(cls).get("encoder"))
     if encoder is not None:
         check_bounds(encoder, plain["encoder"], "method.encoder")
+    _check_least(cls, {name: value for name, value in plain.items() if name != "encoder"}, "method")
     return typed(cls, plain, "method")
+
+
+def _check_least(cls: type, values: dict[str, Any], where: str) -> None:
+    cls, values = variant(cls, values, where)
+    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
+    for name, value in values.items():
+        path, nested = f"{where}.{name}", nested_class(hints[name])
+        if nested is not None and isinstance(value, dict):
+            _check_least(nested, value, path)
+            continue
+        minimum = known[name].metadata.get("minimum", 1)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not isinstance(number, bool) and number < minimum:
+                raise ConfigError(f"{path}: {number} must be at least {minimum}")
 
 
 def check_bounds(cls: type, values: dict[str, Any], where: str) -> None:

@@ -132,17 +132,24 @@ def _literal(value: Any) -> Any:
 
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
-    """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones."""
+    """Refuse keys that `cls`, or a dataclass nested in it, does not have; name the nearest ones.
+
+    Refuse the empty string too, as `dir=$UNSET` gives it, where it is not the field's own default.
+    """
     cls, values = variant(cls, values, where)
     hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
+    known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"{path}: no such option; {nearest(str(key), known)}")
+            raise ConfigError(f"{path}: no such option; {nearest(str(key), list(known))}")
+        if value == "" and known[key].default != "":
+            raise ConfigError(f"{path}: empty; give a value, or leave the option out")
         nested = nested_class(hints[key])
         if nested is not None and isinstance(value, dict):
             check_keys(nested, value, path)
+        elif nested is not None and value is not None and not isinstance(value, nested):
+            raise ConfigError(f"{path}: {value!r} is no block of options; give them as {{option: value, ...}}")
 
 
 def nested_class(hint: Any) -> type | None:

@@ -124,7 +124,10 @@ def open_corpus(
 
 
 def _entries(data: DataConfig) -> list[CorpusConfig]:
-    return data.corpora or [CorpusConfig(data.name, data.dir or "sample", data.labels, data.transcripts, data.classes)]
+    if data.corpora is not None:
+        return data.corpora
+    assert data.dir is not None  # the sample's by now
+    return [CorpusConfig(data.name, data.dir, data.labels, data.transcripts, data.classes)]
 
 
 def _open_part(corpus: CorpusConfig, is_one_of_many: bool) -> Part:
@@ -181,7 +184,7 @@ def _add_labels(
                     f"{spec.name}: {labels.num_classes} classes, {labels.rate_hz} labels a second, from "
                     f"{labels.directory}"
                 )
-                corpus.fingerprints.setdefault("frames", []).append(labels.kmeans_sha256)
+                corpus.fingerprints.setdefault("frames", []).append(labels.fingerprint())
 
 
 def _groups(parts: list[Part], name: str, speakers: int | str | None) -> np.ndarray:

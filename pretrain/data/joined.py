@@ -85,3 +85,10 @@ class JoinedLabels(JoinedRows[np.ndarray]):
                     )
         self.rate_hz, self.num_classes, self.kmeans_sha256 = first.rate_hz, first.num_classes, first.kmeans_sha256
         self.directory = first.directory
+        self._sets = parts
+
+    def fingerprint(self) -> str:
+        """As `LabelSet.fingerprint`: of the k-means model that the parts share, or over their contents, in order."""
+        if self.kmeans_sha256:
+            return self.kmeans_sha256
+        return hashlib.sha256("".join(part.fingerprint() for part in self._sets).encode()).hexdigest()

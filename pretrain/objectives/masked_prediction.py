@@ -7,13 +7,13 @@ frames, C clusters of a label set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.losses.masked_prediction import class_histogram, cosine_logits, prediction_loss
 from pretrain.method import Batch, Counts, Method, Ratio, StepOutput, TargetInfo, TargetSpec
 from pretrain.models.conv_features import stride_samples
@@ -43,7 +43,7 @@ class MaskedPredictionConfig:
     label_rates_hz: list[int]
     mask_prob: float
     mask_length: int
-    mask_min_spans: int
+    mask_min_spans: int = field(metadata=MAY_BE_ZERO)
     logit_temp: float
     pred_masked_weight: float
     pred_nomask_weight: float

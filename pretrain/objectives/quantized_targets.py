@@ -5,10 +5,10 @@ Source: arXiv 2006.11477; `fairseq/models/wav2vec/wav2vec2.py`, on which UniSpee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.method import Method, Progress
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from pretrain.objectives.span_masks import SpanMaskCollator, span_mask_options
@@ -30,7 +30,7 @@ class QuantizedTargetsConfig:
     logit_temp: float
     mask_prob: float
     mask_length: int
-    mask_min_spans: int
+    mask_min_spans: int = field(metadata=MAY_BE_ZERO)
     dropout_features: float
     diversity_weight: float
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, check_seed
 from pretrain.data.alignments import SILENCES, UNKNOWN
 from pretrain.data.folders import SAMPLE_DIR, resolve_data_dir
 
@@ -51,6 +51,7 @@ class ProbeOptions:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"task: '{self.task}' is not one of {', '.join(TASKS)}")
+        check_seed(self.seed)
 
 
 def _run_data(upstream: Path) -> dict:

@@ -187,15 +187,18 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1, names: Collection[st
     """
     try:
         files = json.loads((checkpoint / COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        listed = [(name, facts["bytes"], facts["sha256"]) for name, facts in sorted(files.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint / COMPLETE}: {error}"
-    for index, (name, facts) in enumerate(sorted(files.items())):
+    if not listed:
+        return f"{checkpoint / COMPLETE}: lists no files"
+    for index, (name, size, sha256) in enumerate(listed):
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             return f"{path}: missing or of another size than complete.json says"
         if index % parts == part and (names is None or name in names):
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return f"{path}: content differs from complete.json"
     return None
 
@@ -247,11 +250,21 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_state(checkpoint: Path) -> RunState:
-    """Counters and the facts that a resumed run must agree with."""
+    """Counters and the facts that a resumed run must agree with.
+
+    Raises CheckpointError for the state that another version of this package wrote with other fields.
+    """
     values = json.loads((checkpoint / "state.json").read_text())
     if "adam_step" in values:  # checkpoints from before parameter groups could be inactive
         values["adam_steps"] = [values.pop("adam_step")]
-    return RunState(**values)
+    try:
+        return RunState(**values)
+    except TypeError as error:  # names the field that is unknown or missing
+        problem = str(error).removeprefix("RunState.__init__() ")
+        raise CheckpointError(
+            f"{checkpoint / 'state.json'}: {problem}; it is of another version of this package: update it, or start "
+            f"under another name= with init_from={checkpoint}"
+        ) from None
 
 
 def load_config(checkpoint: Path) -> dict[str, Any]:
@@ -277,8 +290,12 @@ def moment_reader(checkpoint: Path) -> Iterator[Any]:
 def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     """Refuse to resume with another method, batch, crop, seed, audio or labels. Raises CheckpointError with both.
 
-    A fact that `saved` lacks, at any depth, is one that its run did not know yet: None.
+    A fact that `saved` lacks, at any depth, is one that its run did not know yet: None. So is "" among its labels: of
+    labels without a k-means model nothing was known once.
     """
+    known, labels = saved.get("labels") or [], now.get("labels") or []
+    if len(known) == len(labels):
+        saved = saved | {"labels": [old or new for old, new in zip(known, labels, strict=True)]}
     changed = [key for key in now if not _same(saved.get(key), now[key])]
     if changed:
         lines = "\n".join(f"  {key}: was {saved.get(key)}, is {now[key]}" for key in changed)
@@ -300,8 +317,14 @@ def _same(saved: Any, now: Any) -> bool:
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder against a second process. Raises CheckpointError naming the holder's host and pid."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("a+") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / "lock").open("a+")
+    except OSError as error:  # a file among the folders, no right to write
+        raise CheckpointError(
+            f"{run_dir}: cannot be written ({error.strerror}: {error.filename}); give another output_dir="
+        ) from None
+    with opened as file:
         try:
             # Not flock: that lock would live on in data workers that outlast a killed trainer by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -241,16 +241,25 @@ class Reporter:
 
 
 def _forget_after(path: Path, update: int) -> None:
-    """Cut metrics.jsonl behind the last line that is whole and not beyond `update`."""
+    """Cut metrics.jsonl behind the last line that is whole and not beyond `update`; lines of others stay."""
     if not path.exists():
         return
     kept = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["update"] > update:
+            if not line.endswith(b"\n") or _update_of(line) > update:
                 break
             kept += len(line)
     os.truncate(path, kept)
+
+
+def _update_of(line: bytes) -> float:
+    """The update that a line of metrics.jsonl is about; 0 where it is none of ours."""
+    try:
+        found = json.loads(line)["update"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return 0
+    return found if isinstance(found, int | float) else 0
 
 
 def short(values: dict[str, float], names: list[str]) -> dict[str, str]:

@@ -61,11 +61,12 @@ def build_trainer(config: RunConfig, resources: ExitStack) -> Trainer:
     identity = _identity(resolved, corpus, augmenter)
     if found is None:
         state = checkpoint.RunState(0, 0, 0, [0.0], 1.0, identity)
-        notes += initialise(method, config.init_from, config.init_head) if config.init_from else []
+        notes += [] if config.init_from is None else initialise(method, config.init_from, config.init_head)
         method.begin(corpus.found)
     else:
         state = checkpoint.load_state(found)
         checkpoint.check_identity(_completed(state.identity, method_class), identity, config.run_dir)
+        state.identity = identity  # knows more than that of an older version
         method.load_state_dict(checkpoint.load_weights(found))
         notes.append(f"resuming from {found}: update {state.update}")
         notes += _changed_rules(checkpoint.load_config(found), resolved)

@@ -16,7 +16,7 @@ from pretrain.config import nearest, typed_method, upgraded
 from pretrain.method import Encoder, Method
 from pretrain.registry import load_interop, load_method, method_names
 from pretrain.training.checkpoint import COMPLETE, damage, newest_checkpoint
-from pretrain.weights.download import fetch, is_url
+from pretrain.weights.download import fetch, file_sha256, is_url
 from pretrain.weights.interop.files import read_huggingface, read_json, read_safetensors, read_torch
 from pretrain.weights.interop.types import Imported, InteropError, TrainedMethod, errors_name
 
@@ -64,6 +64,8 @@ def read_weights(path_or_url: str | Path, method_name: str | None = None, refres
 
 def _read(path_or_url: str | Path, wanted: list[str] | None, refresh: bool = False) -> Weights:
     """Weights of one of the methods `wanted`, the likeliest first; None is any."""
+    if path_or_url == "":  # not the current folder, which it would mean as a path
+        raise InteropError("path_or_url: empty; give a run, an export, a Hugging Face folder or a .pt")
     path = fetch(path_or_url, refresh) if isinstance(path_or_url, str) and is_url(path_or_url) else Path(path_or_url)
     if path.is_file():
         weights = _foreign_file(path, wanted)
@@ -269,16 +271,29 @@ def _native(path: Path, config: dict[str, Any]) -> Weights:
             problem = f"{config[name]!r} is no {kind.__name__}" if name in config else "missing"
             raise InteropError(f"{path / 'config.json'}: {name}: {problem}; copy or download it again")
     kmeans, heads = path / "kmeans", path / "heads.safetensors"
+    hashes = config.get("files")
+    digests = hashes if isinstance(hashes, dict) else {}  # the first exports listed none
     return Weights(
         config["method"],
         str(path),
         config["encoder"],
-        read_safetensors(path / "encoder.safetensors"),
-        read_safetensors(heads) if heads.is_file() else {},
+        _verified(path, "encoder.safetensors", digests),
+        _verified(path, "heads.safetensors", digests) if heads.is_file() else {},
         kmeans_dir=kmeans if kmeans.is_dir() else None,
         config_file=str(path / "config.json"),
         method_config=config.get("config"),
     )
+
+
+def _verified(folder: Path, name: str, digests: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file of an export. Raises InteropError unless its SHA-256 is the one that config.json lists."""
+    tensors = read_safetensors(folder / name)
+    # Reads the file, which loading has just brought into memory, once more: a quarter to one second per GB.
+    if name in digests and file_sha256(folder / name) != digests[name]:
+        raise InteropError(
+            f"{folder / name}: its content is not the one that config.json lists; copy or download it again"
+        )
+    return tensors
 
 
 def _huggingface(path: Path, model_type: str, wanted: list[str] | None) -> Weights:

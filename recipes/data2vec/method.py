@@ -6,7 +6,7 @@ Source: arXiv 2202.03555, sections 3 and 4.2; `examples/data2vec/models/data2vec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import islice
 from typing import Any, cast
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.losses.regression import mean_deviation, regression_sum
 from pretrain.method import Batch, Example, Method, Progress, Ratio, Role, StepOutput, TargetInfo
 from pretrain.models.context import ContextNetwork
@@ -48,17 +48,17 @@ class Data2VecConfig:
     encoder: SpeechEncoderConfig
     mask_prob: float
     mask_length: int
-    mask_min_spans: int
+    mask_min_spans: int = field(metadata=MAY_BE_ZERO)
     average_top_k_layers: int
     loss_beta: float
     loss_scale: float | None
     ema_decay: float
     ema_end_decay: float
-    ema_anneal_end_step: int
+    ema_anneal_end_step: int = field(metadata=MAY_BE_ZERO)
     ema_layers_only: bool
     min_target_var: float
     min_pred_var: float
-    min_var_from_update: int
+    min_var_from_update: int = field(metadata=MAY_BE_ZERO)
 
     def __post_init__(self) -> None:
         layers = self.encoder.encoder_layers

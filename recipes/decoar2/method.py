@@ -7,7 +7,7 @@ Letters: N hidden frames, G groups and V entries of the codebook.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.features.front_end import FeatureFrames
 from pretrain.losses.reconstruction import l1_sum
 from pretrain.method import Batch, Counts, Example, Method, Metric, Progress, Ratio, StepOutput
@@ -40,7 +40,7 @@ class Decoar2Config:
     mask_prob: float
     mask_length: int
     mask_min_spans: int
-    mask_min_space: int
+    mask_min_space: int = field(metadata=MAY_BE_ZERO)
     latent_vars: int
     latent_groups: int
     latent_dim: int

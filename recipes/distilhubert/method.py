@@ -6,14 +6,14 @@ model.py` of s3prl. Letters: N predicted layers, D width of the student, W width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.method import Batch, Encoder, Example, Method, Metric, Ratio, StepOutput, TargetInfo
 from pretrain.models.conv_features import ConvFrames, frames
 from pretrain.models.kernels import Linear, linear
@@ -38,7 +38,7 @@ class DistilHubertConfig:
     name: str
     encoder: SpeechEncoderConfig
     teacher: TeacherConfig
-    pred_layer_id: list[int]
+    pred_layer_id: list[int] = field(metadata=MAY_BE_ZERO)
     cosine_loss: float
     init_teacher_conv_layers: bool
     init_teacher_encoder_layers: bool

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from pretrain.errors import UserError
+
+MAX_SNR_DB = 100  # beyond it either signal is lost in the other's rounding
 
 
 class AugmentError(UserError):
@@ -41,9 +42,11 @@ class AddedStage(Stage):
     def check(self, where: str) -> None:
         """As `Stage.check`."""
         super().check(where)
-        ordered = len(self.snr_db) == 2 and all(map(math.isfinite, self.snr_db)) and self.snr_db[0] <= self.snr_db[1]
-        if not ordered:
-            raise AugmentError(f"{where}.snr_db: {self.snr_db} is not [lowest, highest] in dB; give two numbers")
+        if len(self.snr_db) != 2 or not -MAX_SNR_DB <= self.snr_db[0] <= self.snr_db[1] <= MAX_SNR_DB:
+            raise AugmentError(
+                f"{where}.snr_db: {self.snr_db} is not [lowest, highest] in dB; give two numbers from -{MAX_SNR_DB} to "
+                f"{MAX_SNR_DB}"
+            )
 
 
 @dataclass

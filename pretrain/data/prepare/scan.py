@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pretrain.config import check_seed
 from pretrain.data.audio import (
     AV_SUFFIXES,
     SAMPLE_RATE,
@@ -61,6 +62,7 @@ def _check_options(options: PrepareOptions) -> None:
         raise ScanError("valid_percent: given together with valid_dir; give one of them")
     if options.check not in CHECKS:
         raise ScanError(f"check: '{options.check}' is unknown; take one of {', '.join(CHECKS)}")
+    check_seed(options.seed)
     if options.workers < 1:
         raise ScanError(f"workers: {options.workers} is not positive; take 1 or more")
     if options.max_seconds is not None and options.max_seconds < options.min_seconds:

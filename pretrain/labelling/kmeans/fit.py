@@ -12,6 +12,7 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
+from pretrain.config import check_seed
 from pretrain.errors import UserError
 from pretrain.labelling.kmeans.features import SAMPLE_RATE, FeatureExtractor
 
@@ -22,6 +23,9 @@ FAISS_STOP = 1e-4  # relative gain of the objective below which Lloyd's iteratio
 
 class FitError(UserError):
     """A fit that cannot be done: "<option>: <what is wrong>; <what to do>"."""
+
+
+MAX_SEED = 2**31 - 1  # of faiss
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class FitOptions:
             raise FitError(f"backend: unknown '{self.backend}'; known: {', '.join(BACKENDS)}")
         for name in ("clusters", "fit_hours", "max_points_per_cluster", "starts"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise FitError(f"{name}: is {value}; give a positive number")
+        check_seed(self.seed, MAX_SEED)
 
 
 def sample_rows(lengths: np.ndarray, hours: float, seed: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             "OmegaConf.to_container(OmegaConf.create(c['cfg']))}, new_file) and give the new file "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what unpickling makes of a file that is none of torch's has no end of types
         raise InteropError(f"{path}: not a complete PyTorch file ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: holds a {type(content).__name__}, not a checkpoint; give a checkpoint dictionary")
@@ -51,10 +51,10 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, on the CPU; raises InteropError for a damaged file."""
+    """The tensors of a .safetensors file, on the CPU; raises InteropError for a missing or damaged file."""
     try:
         return load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise InteropError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
 
 
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises InteropError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InteropError(f"{path}: not JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: not a JSON object; give a configuration file")
