@@ -127,11 +127,10 @@ class LabelSet:
         """
         if self.kmeans_sha256:
             return self.kmeans_sha256
-        digest = hashlib.sha256(np.ascontiguousarray(self._offsets).tobytes())
-        total, most = len(self._labels), FINGERPRINT_BYTES // self._labels.dtype.itemsize
-        starts, size = [0], total
-        if total > most:
-            size = most // FINGERPRINT_BLOCKS
+        digest = hashlib.sha256(self._offsets.tobytes())
+        total, size = len(self._labels), FINGERPRINT_BYTES // FINGERPRINT_BLOCKS // self._labels.dtype.itemsize
+        starts = list(range(0, total, size))
+        if len(starts) > FINGERPRINT_BLOCKS:
             starts = [int(start) for start in np.linspace(0, total - size, FINGERPRINT_BLOCKS)]
         for start in starts:
             digest.update(self._labels[start : start + size].tobytes())
