@@ -55,7 +55,7 @@ def _compose(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 @cache
 def _composed(conf_dir: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Composed once for each question, since Hydra takes a quarter of a second."""
+    """The composition, kept for each recipe and list of overrides, since Hydra takes a quarter of a second for one."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 

@@ -72,7 +72,7 @@ def recipes() -> list[Recipe]:
 
 
 def read_recipe(name: str) -> Recipe:
-    """Compose a recipe that is no alias, count its encoder's parameters on no memory, and read its comment."""
+    """Compose a recipe that is no alias, count its encoder's parameters without memory for them, read its comment."""
     path = CONF_DIR / "recipe" / f"{name}.yaml"
     comment, config = _head_comment(path), compose_recipe(name)
     method_class = load_method(config["method"]["name"]).Method

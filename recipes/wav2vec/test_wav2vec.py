@@ -417,6 +417,4 @@ def test_kmeans_learns_from_entries_as_large_as_the_frames(learning_seed: int, t
         "optimizer.lr=3e-3",
     )
     assert_frames_told_apart(last)
-    assert_learned(
-        min(last[f"validation/codes_{group}_perplexity"] for group in range(2)), above=1.8
-    )  # 1 is a lost codebook
+    assert_learned(min(last[f"validation/codes_{group}_perplexity"] for group in range(2)), above=2)
