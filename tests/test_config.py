@@ -195,6 +195,7 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
         ({"data": TINY["data"] | {"labels": [1, None]}}, r"data\.labels: \[1, None\] is no path"),
         ({"data": TINY["data"] | {"labels": [""]}}, r"data\.labels: \[''\] is no path"),
         ({"data": TINY["data"] | {"workers": -1}}, r"data\.workers: -1 is negative; 0 reads"),
+        ({"data": TINY["data"] | {"speakers": [1]}}, r"data\.speakers: \[1\] is neither a place in the path"),
         ({"data": TINY["data"] | {"max_bad_share": NAN}}, r"data\.max_bad_share: nan is no share"),
         *[
             ({"data": TINY["data"] | {"sampling_alpha": value}}, rf"data\.sampling_alpha: {value:g} is no number")

@@ -119,7 +119,10 @@ def test_every_method_has_a_tiny_recipe() -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with an unbroken run of two updates of every tiny recipe, each made when it is first asked for."""
+    """The folder with an unbroken run of two updates of every tiny recipe, each made when it is first asked for.
+
+    The runs that are compared with them lie beside them, so that labels of the sample are made once.
+    """
     return tmp_path_factory.mktemp("unbroken")
 
 
@@ -131,13 +134,13 @@ def unbroken_run(folder: Path, recipe: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_rank_runs(world: World, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two updates of every tiny recipe whose test was chosen, on two ranks, all in one launch."""
+def two_rank_runs(unbroken: Path, request: pytest.FixtureRequest) -> str:
+    """The suffix of runs of two updates of every tiny recipe whose test was chosen, on two ranks, all in one launch."""
     chosen = {item.callspec.params["recipe"] for item in request.session.items if "two_rank_runs" in item.fixturenames}
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_python([str(ROOT / "tests" / "contract_run.py"), str(folder), *sorted(chosen)], ranks=2, timeout=1500)
+    script, suffix = str(ROOT / "tests" / "contract_run.py"), "_two_ranks"
+    done = run_python([script, str(unbroken), suffix, *sorted(chosen)], ranks=2, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return suffix
 
 
 @pytest.mark.xdist_group("contract")
@@ -148,11 +151,11 @@ def test_tests_of_one_group_run_in_one_worker(request: pytest.FixtureRequest) ->
 
 @pytest.mark.xdist_group("contract")
 @pytest.mark.parametrize("recipe", TINY)
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Path) -> None:
     """State that no checkpoint holds would show here: figures, weights and moments after 1 + 1 updates and after 2."""
-    train(recipe, tmp_path, 1)
-    assert any(f"resuming from {tmp_path / recipe}" in note for note in train(recipe, tmp_path, 2))
-    run, whole = tmp_path / recipe, unbroken_run(unbroken, recipe)
+    run, whole = unbroken / f"{recipe}_resumed", unbroken_run(unbroken, recipe)
+    train(recipe, unbroken, 1, "_resumed")
+    assert any(f"resuming from {run}/" in note for note in train(recipe, unbroken, 2, "_resumed"))
     assert figures(run).keys() == {1, 2}
     assert figures(run) == figures(whole)
     first, last = "step_00000001", "step_00000002"
@@ -165,9 +168,9 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(recipe: str, unbroken: Pat
 
 @pytest.mark.xdist_group("contract")
 @pytest.mark.parametrize("recipe", TINY)
-def test_two_ranks_follow_one(recipe: str, unbroken: Path, two_rank_runs: Path) -> None:
+def test_two_ranks_follow_one(recipe: str, unbroken: Path, two_rank_runs: str) -> None:
     """1 rank x 2 micro-batches and 2 ranks x 1 have the same losses, whatever the order of the sums."""
-    mine, theirs = figures(two_rank_runs / recipe), figures(unbroken_run(unbroken, recipe))
+    mine, theirs = figures(unbroken / f"{recipe}{two_rank_runs}"), figures(unbroken_run(unbroken, recipe))
     for update in (1, 2):
         losses = {name for name in mine[update] if name.startswith("train/loss")} | {"train/gradient_norm"}
         for name in losses:

@@ -90,12 +90,23 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         read_torch(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"exp/hubert\n", b"0", b"\x80\x02]q\x00.", b"\xff" * 99])
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"exp/hubert\n", b"0", b"cos\nsystem\n", b"\xff" * 99])
 def test_a_file_that_is_none_of_torchs_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(InteropError, match=r"notes\.txt: "):
+    with pytest.raises(InteropError, match=r"notes\.txt: not a PyTorch file; give a file"):
         read_torch(path)
+
+
+def test_a_list_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "list.pt").write_bytes(b"\x80\x02]q\x00.")
+    with pytest.raises(InteropError, match=r"list\.pt: "):
+        read_torch(tmp_path / "list.pt")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match=r"absent\.pt: cannot be read \(No such file or directory\)"):
+        read_torch(tmp_path / "absent.pt")
 
 
 def test_written_files_hold_plain_containers_only(tmp_path: Path) -> None:

@@ -145,6 +145,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_labels(self.labels, "data.labels")
+        if self.speakers is not None and (isinstance(self.speakers, bool) or not isinstance(self.speakers, int | str)):
+            raise ConfigError(
+                f"data.speakers: {self.speakers!r} is neither a place in the path, such as 0, nor a table"
+            )
         if self.workers < 0:
             raise ConfigError(f"data.workers: {self.workers} is negative; 0 reads the audio in the run's own process")
         if not 0 <= self.max_bad_share <= 1:

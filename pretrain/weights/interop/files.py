@@ -25,12 +25,25 @@ HUGGINGFACE_WEIGHTS = (
 )
 
 
+# What torch.save writes begins like a zip archive, or (until torch 1.5) like a pickle.
+TORCH_BEGINNINGS = (b"PK", b"\x80")
+
+
 def read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a .pt, .pth or .bin file, tensors on the CPU; loaded weights-only, so nothing is executed.
 
     A namespace of options, as s3prl and old fairseq leave one beside the weights, becomes a mapping of them. Raises
-    InteropError for a file that holds other Python objects, is damaged, or is no mapping.
+    InteropError for a file that is none of torch's, holds other Python objects, is damaged, or is no mapping.
     """
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(2)
+    except OSError as error:
+        raise InteropError(
+            f"{path}: cannot be read ({error.strerror}); give a file that torch.save has written"
+        ) from error
+    if not beginning.startswith(TORCH_BEGINNINGS):
+        raise InteropError(f"{path}: not a PyTorch file; give a file from torch.save")
     try:
         # Unpickling a namespace sets attributes and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
