@@ -194,7 +194,9 @@ def test_it_learns_more_than_to_say_the_mean(learning_seed: int, tmp_path: Path)
 @pytest.mark.slow
 def test_it_learns_more_than_to_copy(learning_seed: int, tmp_path: Path) -> None:
     """Shorter crops, in which attention finds the neighbours of a chunk sooner."""
-    scores = train_recipe("mpc_tiny", tmp_path, learning_seed, "crop.max_seconds=0.8", "optimizer.lr=4e-3")
+    longer = ("schedule.total_updates=900", "trainer={validate_every:900,save_every:900}")
+    options = ("crop.max_seconds=0.8", "optimizer.lr=4e-3", *longer)
+    scores = train_recipe("mpc_tiny", tmp_path, learning_seed, *options)
     assert_learned(scores["validation/error"], below=scores["validation/error_of_copy"])
 
 
