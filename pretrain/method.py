@@ -26,7 +26,7 @@ class Example:
     `waveform` is (T,) float32 at 16 kHz; `start` is the crop's first sample, a multiple of the frame stride; `targets`
     holds what the recipe asked for in `Method.targets`, by name, as `TargetSpec` describes it; `rng` is seeded by
     (seed, epoch, row). `clean_waveform` is (T,) `waveform` before augmentation (the same where there was none), where
-    the collator asks for it.
+    the collator asks for it. `altered_by` names the stages of `augment` that have altered the waveform.
     """
 
     waveform: Tensor
@@ -35,6 +35,7 @@ class Example:
     targets: dict[str, np.ndarray | None]
     rng: np.random.Generator
     clean_waveform: Tensor | None = None
+    altered_by: tuple[str, ...] = ()
 
 
 @dataclass

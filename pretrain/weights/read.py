@@ -135,7 +135,7 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
     weights = _read(init_from, [own, *_methods_sharing(type(method.encoder), own)])
     differing_options = load_matching(method.encoder, weights, "method.encoder")
     done = [f"encoder: {len(weights.encoder_state)} tensors from {weights.origin}", *differing_options]
-    if weights.method_name != own and head == "keep":
+    if head == "keep" and not _heads_are_shared(type(method), weights.method_name):
         raise InteropError(
             f"{weights.origin}: a checkpoint of '{weights.method_name}', whose heads are not those of '{own}'; "
             "set init_head=reset"
@@ -160,6 +160,12 @@ def initialise(method: Method, init_from: str, head: str) -> list[str]:
 def _methods_sharing(encoder_class: type[Encoder], own: str) -> list[str]:
     """Other methods whose encoder is the same class."""
     return [name for name in method_names() if name != own and load_method(name).Encoder is encoder_class]
+
+
+def _heads_are_shared(method_class: type[Method], other: str) -> bool:
+    """Whether the methods are one, or make their heads in a class that both inherit, as those do that extend HuBERT."""
+    theirs = load_method(other).Method.__mro__
+    return next(base for base in method_class.__mro__ if base in theirs) is not Method
 
 
 def load_matching(encoder: Encoder, weights: Weights, field: str) -> list[str]:

@@ -64,15 +64,16 @@ class Augmenter:
 
     def _augmented(self, example: Example, examples: list[Example], problems: list[str]) -> Example:
         [rng] = example.rng.spawn(1)
-        chosen = self._choose(rng)
+        others = [other.waveform.numpy() for other in examples if other.row != example.row]
+        # Nothing is mixed in where the micro-batch has no other utterance.
+        chosen = [name for name in self._choose(rng) if others or name != "mixing"]
         if not chosen:
             return example
         waveform = example.waveform.numpy()
-        others = [other.waveform.numpy() for other in examples if other.row != example.row]
         utterance = Utterance(waveform, power(waveform), example.row, rng, others)
         for name in chosen:
             utterance.waveform = self._apply[name](utterance, problems)
-        return replace(example, waveform=torch.from_numpy(utterance.waveform))
+        return replace(example, waveform=torch.from_numpy(utterance.waveform), altered_by=tuple(chosen))
 
     def _choose(self, rng: np.random.Generator) -> list[str]:
         """The stages of one example."""
@@ -87,11 +88,8 @@ class Augmenter:
         return reverberate(utterance.waveform, response)
 
     def _mix(self, utterance: Utterance, problems: list[str]) -> np.ndarray:
-        """Unchanged where the micro-batch has no other utterance."""
         stage = self.options.mixing
         assert isinstance(stage, Mixing)
-        if not utterance.others:
-            return utterance.waveform
         other = utterance.others[int(utterance.rng.integers(len(utterance.others)))]
         return _add_part(utterance, other, stage, stage.max_part)
 

@@ -1,0 +1,11 @@
+"""HuBERT checkpoints, which those of HuBERT-MGR are to other projects; the domain classifier is ours alone."""
+
+from pretrain.weights.interop.hubert_layout import (
+    HF_MODEL_TYPES,
+    from_huggingface,
+    from_pt,
+    to_huggingface,
+    to_s3prl,
+)
+
+__all__ = ["HF_MODEL_TYPES", "from_huggingface", "from_pt", "to_huggingface", "to_s3prl"]
