@@ -1,4 +1,4 @@
-"""Whole runs of pretrain/train.py on a corpus of seconds, in processes of their own."""
+"""Whole runs of pretrain/train.py on a corpus of seconds, in processes of their own, or here without that script."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from audio_maker import write_corpus
 from conftest import LAUNCH_VARIABLES, ROOT
 
+from pretrain.config import compose_recipe, run_config
 from pretrain.data.labels import write_labels
 from pretrain.data.manifest import Manifest, write_manifest
 
@@ -58,11 +62,16 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def arguments(data: Path, output: Path, *options: str) -> list[str]:
+    """What is said of one run, the recipe first; the last of two values of an option holds."""
+    places = [f"data.dir={data / 'data'}", f"data.labels={data / 'labels'}", f"output_dir={output}", "name=run"]
+    return [*SMALL, *places, *options]
+
+
 def command(data: Path, output: Path, *options: str, ranks: int = 1) -> list[str]:
     """The command line of one run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    places = [f"data.dir={data / 'data'}", f"data.labels={data / 'labels'}", f"output_dir={output}", "name=run"]
-    return [sys.executable, *launcher, str(ROOT / "pretrain" / "train.py"), *SMALL, *places, *options]
+    return [sys.executable, *launcher, str(ROOT / "pretrain" / "train.py"), *arguments(data, output, *options)]
 
 
 def environment() -> dict[str, str]:
@@ -83,6 +92,20 @@ def run(data: Path, output: Path, *options: str, ranks: int = 1, status: int = 0
     )
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
     return done.stderr + done.stdout
+
+
+def run_here(data: Path, output: Path, *options: str) -> str:
+    """As `run` with status 0, in this process: starting one takes longer than such a run."""
+    from pretrain.training.setup import build_trainer
+
+    recipe, *rest = arguments(data, output, *options)
+    printed = StringIO()
+    with patch.dict(os.environ), ExitStack() as resources, redirect_stdout(printed), redirect_stderr(printed):
+        for name in LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        config = run_config(compose_recipe(recipe.removeprefix("recipe="), rest))
+        assert build_trainer(config, resources).fit() == 0
+    return printed.getvalue()
 
 
 def run_until(data: Path, output: Path, update: int, seconds: float, number: signal.Signals, *options: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import UPDATES, metrics, run, write_data
+from small_run import UPDATES, metrics, run, run_here, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.config import ConfigError, DataConfig, compose_recipe, run_config
@@ -213,7 +213,7 @@ def options(folder: Path, weights: tuple[int, int] = (1, 3)) -> list[str]:
 def unbroken(two: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole run on both, and what it printed."""
     output = tmp_path_factory.mktemp("unbroken") / "out"
-    return output, run(two, output, *options(two))
+    return output, run_here(two, output, *options(two))
 
 
 @pytest.mark.xdist_group("corpora")
@@ -227,8 +227,8 @@ def test_a_run_on_two_corpora_says_so_and_resumes(two: Path, unbroken: tuple[Pat
     events = EventAccumulator(str(output / "run" / "tensorboard")).Reload()
     assert events.Scalars("data/sampled_hours/b")[0].value > 2 * events.Scalars("data/sampled_hours/a")[0].value > 0
 
-    run(two, tmp_path / "out", *options(two), "trainer.stop_after_updates=7")
-    assert "resuming from" in run(two, tmp_path / "out", *options(two))
+    run_here(two, tmp_path / "out", *options(two), "trainer.stop_after_updates=7")
+    assert "resuming from" in run_here(two, tmp_path / "out", *options(two))
     assert metrics(tmp_path / "out") == metrics(output)
 
 

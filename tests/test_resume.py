@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_run import UPDATES, checkpoints, metrics, run, run_until, write_data
+from small_run import UPDATES, checkpoints, metrics, run, run_here, run_until, write_data
 from torch import Tensor, equal
 
 LAST = f"step_{UPDATES:08d}"
@@ -106,7 +106,7 @@ def test_one_rank_goes_on_where_two_stopped(data: Path, on_two_ranks: Path, unbr
     damaged = output / "run" / "checkpoints" / "step_00000015" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     shutil.rmtree(output / "run" / "checkpoints" / LAST)
-    printed = run(data, output, "data.workers=0", "deepspeed=zero0")
+    printed = run_here(data, output, "data.workers=0", "deepspeed=zero0")
     assert f"resuming from {output}/run/checkpoints/step_00000010" in printed
     assert "step_00000015/model.safetensors: missing or of another size" in printed
     assert_follows(output, unbroken)
@@ -136,7 +136,7 @@ def test_a_run_from_before_an_option_existed_resumes(data: Path, unbroken: Path,
     complete = json.loads((step / "complete.json").read_text())
     complete["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     (step / "complete.json").write_text(json.dumps(complete))
-    assert f"resuming from {step}: update 15" in run(data, output, "data.workers=0")
+    assert f"resuming from {step}: update 15" in run_here(data, output, "data.workers=0")
     assert_equal_to_the_bit(output, unbroken)
 
 
