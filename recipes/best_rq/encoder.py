@@ -32,7 +32,8 @@ class BestRqEncoderConfig:
 
     With `left_context` the encoder hears no later position: attention looks at so many positions before its own, and
     the depthwise convolutions at `depthwise_conv_kernel_size` - 1. Null: attention hears the whole utterance and the
-    convolutions are centred.
+    convolutions are centred. With `absolute_distances` attention knows how far away a key is, but not on which side, as
+    in speechbrain.
     """
 
     front_end: FrontEndConfig
@@ -44,7 +45,8 @@ class BestRqEncoderConfig:
     depthwise_conv_kernel_size: int
     activation: str
     dropout: float
-    left_context: int | None = field(default=None, metadata=MAY_BE_ZERO)
+    left_context: int | None = field(metadata=MAY_BE_ZERO)
+    absolute_distances: bool
 
     def __post_init__(self) -> None:
         if self.front_end.dim % SUBSAMPLING:
@@ -101,7 +103,7 @@ class BestRqEncoder(StackEncoder):
 
     Config = BestRqEncoderConfig
     config: BestRqEncoderConfig
-    weight_independent_fields = ("dropout", "left_context")
+    weight_independent_fields = ("dropout", "left_context", "absolute_distances")
 
     def __init__(self, config: BestRqEncoderConfig) -> None:
         super().__init__()
@@ -146,6 +148,9 @@ class BestRqEncoder(StackEncoder):
             valid = None if positions is None else valid_mask(positions, count)
             heard = None if valid is None else valid[:, None, None, :]
         distances = relative_positions(count, self.config.encoder_embed_dim, x.device)
+        if self.config.absolute_distances:
+            # The sines, in even columns, of the keys that come later.
+            distances[count:, ::2] *= -1
         hidden_states = self.layers(x, valid, heard, distances)
         hidden_states[-1] = self.layer_norm(hidden_states[-1])
         return hidden_states

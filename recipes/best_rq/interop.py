@@ -47,7 +47,7 @@ TABLE = KeyTable(
         ),
     ]
 )
-COMPUTED = "1.transformer.positional_encoding.inv_freq"
+COMPUTED = "1.transformer.positional_encoding"  # tables, of a decoder that is not there too
 
 
 def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
@@ -57,7 +57,7 @@ def from_pt(checkpoint: Mapping[str, Any]) -> Imported:
             f"keys {', '.join(list(map(str, checkpoint))[:4])}, ...: not the model.ckpt of speechbrain's BEST-RQ, "
             "which holds its convolutions (0.convblock_0) and its conformer (1.transformer); give that file"
         )
-    state = TABLE.to_ours({key: value for key, value in checkpoint.items() if key != COMPUTED})
+    state = TABLE.to_ours({key: value for key, value in checkpoint.items() if not key.startswith(COMPUTED)})
     heads = state["layers.0.self_attn.pos_bias_u"].shape[1]
     return Imported(_config(state, heads), {key: _tensor(key, value, heads) for key, value in state.items()})
 
@@ -82,6 +82,7 @@ def _config(state: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
         "activation": "gelu",
         "dropout": 0.1,
         "left_context": None,
+        "absolute_distances": True,
     }
 
 
