@@ -30,6 +30,7 @@ from recipes.best_rq.quantizer import RandomProjectionQuantizer
 FIXTURES = Path(__file__).parent / "fixtures"
 UNLIKELY = 1e-3  # of tests with fixed seeds
 LEFT_CONTEXT = 3
+BINS = 40  # of the tiny recipe
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def config() -> BestRqConfig:
 
 def streaming(config: BestRqConfig) -> BestRqConfig:
     """The same, hearing nothing later and little before."""
-    front_end = FbankConfig("fbank", 1, FixedNormalizationConfig("fixed", [-6.0], [4.0]), 80, "povey", 20.0, 0)
+    front_end = FbankConfig("fbank", 1, FixedNormalizationConfig("fixed", [-6.0], [4.0]), BINS, "povey", 20.0, 0)
     return replace(config, encoder=replace(config.encoder, front_end=front_end, left_context=LEFT_CONTEXT))
 
 
@@ -160,7 +161,7 @@ def test_loss_is_torchs_cross_entropy_of_the_rows_alone(config: BestRqConfig, ki
         heard[batch.extras["masked_frames"][inside] % (4 * width)] = batch.extras["noise"][inside]
         masked = batch.extras["masked_positions"]
         masked = masked[masked // width == row] % width
-        targets = nearest(method.quantizer, alone.reshape(-1, 320)[masked])
+        targets = nearest(method.quantizer, alone.reshape(-1, 4 * BINS)[masked])
         logits = method.final_proj(method.encoder.context(heard[None], None)[-1][0, masked])
         total = total + F.cross_entropy(logits, targets, reduction="sum")
         right += int((logits.argmax(1) == targets).sum())
@@ -171,7 +172,7 @@ def test_loss_is_torchs_cross_entropy_of_the_rows_alone(config: BestRqConfig, ki
     assert value(output, "accuracy_masked") == pytest.approx(right / batch.sample_size)
     used = output.metrics["codes_0"]
     assert isinstance(used, Counts)
-    assert torch.equal(used.counts, torch.cat(codes).bincount(minlength=64).float())
+    assert torch.equal(used.counts, torch.cat(codes).bincount(minlength=16).float())
     names = ["final_proj.weight", "encoder.subsampling.convs.0.weight", "encoder.layers.1.self_attn.linear_pos.weight"]
     wanted = [dict(method.named_parameters())[name] for name in names]
     gradients = zip(names, torch.autograd.grad(output.loss, wanted), torch.autograd.grad(total, wanted), strict=True)
@@ -205,7 +206,7 @@ def test_the_encoder_hears_noise_where_frames_are_hidden(config: BestRqConfig) -
     batch = collate(method, *two_waveforms())
     features, positions = method.encoder.features(batch.waveforms, batch.lengths)
     other = features.clone()
-    other.view(-1, 80)[batch.extras["masked_frames"]] += 1.0
+    other.view(-1, BINS)[batch.extras["masked_frames"]] += 1.0
     states = [method.last_state(x, positions, batch) for x in (features, other)]
     assert torch.equal(*states)
     codes = [method.codes(x)[batch.extras["masked_positions"]] for x in (features, other)]
@@ -264,11 +265,11 @@ def test_the_collator_puts_noise_into_hidden_frames(config: BestRqConfig) -> Non
     assert torch.equal(mask.all(2).flatten().nonzero().flatten(), batch.extras["masked_positions"])
     assert batch.sample_size == len(batch.extras["masked_positions"])
     noise = batch.extras["noise"]
-    assert noise.shape == (int(mask.sum()), 80)
+    assert noise.shape == (int(mask.sum()), BINS)
     assert noise.dtype == torch.float32
     assert kstest(noise[::7].flatten(), "norm", args=(0, 0.1)).pvalue > UNLIKELY
-    share = 1 - 0.97**12
-    assert mask[::2, 3:].float().mean() == pytest.approx(share, abs=0.04)
+    share = 1 - 0.94**8
+    assert mask[::2, 2:].float().mean() == pytest.approx(share, abs=0.04)
 
 
 def test_a_streaming_encoder_hears_no_more_than_it_may(config: BestRqConfig) -> None:
@@ -376,15 +377,15 @@ def test_the_figure_shows_units(config: BestRqConfig) -> None:
 
 
 def test_it_learns_more_than_how_often_each_code_comes(learning_seed: int, tmp_path: Path) -> None:
-    """The entropy of the validation's own codes is the least loss of a predictor that hears nothing."""
+    """Who hears nothing is left with the perplexity of the validation's own codes, if with their shares at all."""
     scores = train_recipe(
         "best_rq_tiny",
         tmp_path,
         learning_seed,
-        "schedule={warmup_updates:30,total_updates:200}",
-        "trainer={validate_every:200,save_every:100,max_validation_batches:8}",
+        "schedule={warmup_updates:30,total_updates:120}",
+        "trainer={validate_every:120,save_every:60}",
     )
-    assert_learned(scores["validation/loss"], below=math.log(scores["validation/codes_0_perplexity"]))
+    assert_learned(math.exp(scores["validation/loss"]), below=scores["validation/codes_0_perplexity"])
     checkpoints = sorted((tmp_path / "best_rq_tiny" / "checkpoints").iterdir())
     first, last = (load_file(step / "model.safetensors") for step in (checkpoints[0], checkpoints[-1]))
     assert checkpoints[0] != checkpoints[-1]
