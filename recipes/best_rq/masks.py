@@ -89,13 +89,13 @@ MaskConfig.VARIANTS.update(spans=SpansConfig, blocks=BlocksConfig)
 def hidden_frames(rng: np.random.Generator, config: MaskConfig, frames: int, frames_per_position: int) -> np.ndarray:
     """(frames,) bool; where no position is hidden whole, one more span is hidden, so that there is something to learn.
 
-    `frames` is a multiple of `frames_per_position`.
+    `frames` is a multiple of `frames_per_position`. That span begins with a position, hides the whole of it, and leaves
+    another one where there is one.
     """
     mask = config.draw(rng, frames)
     if not whole(mask, frames_per_position).any():
-        # From the start of a position on, and long enough for the whole of it.
-        length = max(config.length, frames_per_position)
-        start = rng.integers(max(1, (frames - length) // frames_per_position + 1)) * frames_per_position
+        length = max(frames_per_position, min(config.length, frames - frames_per_position))
+        start = rng.integers((frames - length) // frames_per_position + 1) * frames_per_position
         mask[start : start + length] = True
     return mask
 

@@ -250,11 +250,12 @@ def test_every_utterance_has_a_position_that_is_hidden_whole() -> None:
             mask = hidden_frames(np.random.default_rng(seed), rare, frames, 4)
             assert mask.shape == (frames,)
             assert whole(mask, 4).any()
-            assert frames < 40 or 36 <= mask.sum() <= 84
+            # A span of 40 or what leaves a position, beside which one of a few frames at the end may have been drawn.
+            assert min(40, frames - 4) <= mask.sum() < frames
 
 
 def test_the_collator_puts_noise_into_hidden_frames(config: BestRqConfig) -> None:
-    method = moved(config)
+    method = moved(replace(config, mask=SpansConfig("spans", 0.06, 8)))
     waveforms, lengths = torch.zeros(40, 64_000), torch.tensor([64_000, 32_000] * 20)
     batch = collate(method, waveforms, lengths)
     # 401 and 201 frames, of which whole fours count.
@@ -382,8 +383,8 @@ def test_it_learns_more_than_how_often_each_code_comes(learning_seed: int, tmp_p
         "best_rq_tiny",
         tmp_path,
         learning_seed,
-        "schedule={warmup_updates:30,total_updates:120}",
-        "trainer={validate_every:120,save_every:60}",
+        "schedule={warmup_updates:20,total_updates:80}",
+        "trainer={validate_every:80,save_every:40}",
     )
     assert_learned(math.exp(scores["validation/loss"]), below=scores["validation/codes_0_perplexity"])
     checkpoints = sorted((tmp_path / "best_rq_tiny" / "checkpoints").iterdir())
