@@ -102,4 +102,4 @@ def hidden_frames(rng: np.random.Generator, config: MaskConfig, frames: int, fra
 
 def whole(mask: np.ndarray, frames_per_position: int) -> np.ndarray:
     """(P,) bool: positions of which `mask` (P * frames_per_position,) hides every frame."""
-    return mask.reshape(-1, frames_per_position).all(axis=1)
+    return np.asarray(mask.reshape(-1, frames_per_position).all(axis=1))
