@@ -28,7 +28,7 @@ class UnbiasedLinear(Linear):
 class Attention(RelativeSelfAttention):
     """Relative self-attention whose queries, keys and values have no bias."""
 
-    projection = UnbiasedLinear
+    projection = UnbiasedLinear  # type: ignore[assignment]  # called with the two widths alone
 
 
 class DepthwiseConv(nn.Conv1d):

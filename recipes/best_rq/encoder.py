@@ -135,18 +135,21 @@ class BestRqEncoder(StackEncoder):
 
         Frames beyond a multiple of four are left out, and a row of fewer than four is filled up with zeros.
         """
-        return whole_positions(*self.front_end(waveforms, lengths), SUBSAMPLING)
+        features, frame_lengths = self.front_end(waveforms, lengths)
+        return whole_positions(features, frame_lengths, SUBSAMPLING)
 
     def context(self, features: Tensor, positions: Tensor | None) -> list[Tensor]:
         """What `features` returns, to L + 1 hidden states (B, P, D)."""
         x = self.subsampling(features)
         count, left_context = x.shape[1], self.config.left_context
+        valid: Tensor | None = None
+        heard: Tensor | None = None
         if left_context is not None:
             # Padding comes after all real positions, so none of them hears it.
-            valid, heard = None, past_mask(count, left_context, x.device)
-        else:
-            valid = None if positions is None else valid_mask(positions, count)
-            heard = None if valid is None else valid[:, None, None, :]
+            heard = past_mask(count, left_context, x.device)
+        elif positions is not None:
+            valid = valid_mask(positions, count)
+            heard = valid[:, None, None, :]
         distances = relative_positions(count, self.config.encoder_embed_dim, x.device)
         if self.config.absolute_distances:
             # The sines, in even columns, of the keys that come later.

@@ -116,7 +116,8 @@ class MpcEncoder(StackEncoder):
 
         Frames beyond a multiple of four are left out, and a row of fewer than four is filled up with zeros.
         """
-        return whole_positions(*self.front_end(waveforms, lengths), SUBSAMPLING)
+        features, frame_lengths = self.front_end(waveforms, lengths)
+        return whole_positions(features, frame_lengths, SUBSAMPLING)
 
     def context(self, features: Tensor, positions: Tensor | None) -> list[Tensor]:
         """What `features` returns, to L + 1 hidden states (B, P, D)."""
