@@ -117,8 +117,8 @@ class CollatorDefaults:
 
 
 # What the health monitor must know of a metric: the variance of a teacher's targets, of the network's own features, or
-# of what it predicts.
-Role = Literal["target_variance", "feature_variance", "prediction_variance"]
+# of what it predicts; the codes that a quantizer which is not trained gives as targets.
+Role = Literal["target_variance", "feature_variance", "prediction_variance", "target_codes"]
 
 
 class Ratio(NamedTuple):
@@ -144,13 +144,18 @@ class Ratio(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """A (V,) histogram that is reduced by summing; reported as perplexity and share of entries used."""
+    """A (V,) histogram that is reduced by summing; reported as perplexity and share of entries used.
+
+    `role` and `minimum` are those of the perplexity, as for a `Ratio`.
+    """
 
     counts: Tensor
+    role: Role | None = None
+    minimum: float | None = None
 
     def nothing(self) -> Counts:
         """The same metric of no units at all, for a rank that has no batch of its own."""
-        return Counts(torch.zeros_like(self.counts))
+        return self._replace(counts=torch.zeros_like(self.counts))
 
 
 class SumOfRatios(NamedTuple):

@@ -87,6 +87,19 @@ def test_a_collapse_is_told_by_the_role_of_the_metric_and_not_by_its_name() -> N
     assert monitor.check(1, {"my_variance": 0.0}) == []
 
 
+def test_a_frozen_quantizer_that_gives_one_code_stops_the_run() -> None:
+    """The sentence is about the features, since nothing of the quantizer is trained."""
+    monitor, codes = HealthMonitor(10.0), {"codes_0_perplexity": 1.3}
+    roles: dict[str, Role] = {"codes_0_perplexity": "target_codes"}
+    assert monitor.check(1, {"codes_0_perplexity": 400.0}, roles, {"codes_0_perplexity": 2.0}) == []
+    for update in range(1, HOPELESS_INTERVALS):
+        [line] = monitor.check(update, codes, roles, {"codes_0_perplexity": 2.0})
+        assert "codes_0_perplexity is 1.3, below 2: the quantizer, which is not trained," in line
+        assert "front_end.normalization" in line
+    with pytest.raises(HopelessRun, match="nearly all frames the same code"):
+        monitor.check(HOPELESS_INTERVALS, codes, roles, {"codes_0_perplexity": 2.0})
+
+
 def test_too_good_too_early() -> None:
     [line] = check(200, accuracy_masked=0.999)
     assert "accuracy_masked is 0.999 after 200 updates: too good" in line

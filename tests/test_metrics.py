@@ -117,10 +117,17 @@ def test_roles_and_minima_are_kept_by_name(world: World) -> None:
     metrics = Accumulator()
     metrics.add({"loss": ratio(1.0, 1.0), "latent_variance": Ratio(torch.tensor(0.5), 1.0, role="feature_variance")})
     metrics.add({"target_var": Ratio(torch.tensor(0.5), 1.0, "target_variance", 0.1)})
+    codes = Counts(torch.tensor([3.0, 1.0]), "target_codes", 2.0)
+    metrics.add({"codes_0": codes})
+    metrics.add({"codes_0": codes.nothing()})
     metrics.commit()
     assert metrics.reduce()[0]["latent_variance"] == 0.5
-    assert metrics.roles == {"latent_variance": "feature_variance", "target_var": "target_variance"}
-    assert metrics.minima == {"target_var": 0.1}
+    assert metrics.roles == {
+        "latent_variance": "feature_variance",
+        "target_var": "target_variance",
+        "codes_0_perplexity": "target_codes",
+    }
+    assert metrics.minima == {"target_var": 0.1, "codes_0_perplexity": 2.0}
 
 
 def test_a_metric_of_nothing_changes_no_sum(world: World) -> None:

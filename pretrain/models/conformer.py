@@ -7,6 +7,8 @@ but the depthwise convolution and the statistics of the batch norm see whatever 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,18 +117,18 @@ class ConvolutionModule(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, two linear layers with swish between them, `dropout` after each."""
+    """Norm, two linear layers with `activation` (swish) between them, `dropout` after each."""
 
-    def __init__(self, dim: int, ffn_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, ffn_dim: int, dropout: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.activation = dropout, activation
         self.layer_norm = LayerNorm(dim)
         self.fc1 = Linear(dim, ffn_dim)
         self.fc2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) to (B, F, D)."""
-        x = dropout(F.silu(self.fc1(self.layer_norm(x))), self.dropout, self.training)
+        x = dropout(self.activation(self.fc1(self.layer_norm(x))), self.dropout, self.training)
         return dropout(self.fc2(x), self.dropout, self.training)
 
 

@@ -20,11 +20,16 @@ STUCK_UPDATES = 5000
 TOO_GOOD_ACCURACY = 0.995
 COLLAPSED_PERPLEXITY = 1.5
 COLLAPSED_VARIANCE = 1e-4
-# Metrics of these roles fall to zero when every frame becomes alike; the sentence says what to change.
+# Metrics of these roles fall to zero (a perplexity to one) when every frame becomes alike; the sentence says what to
+# change.
 COLLAPSES: dict[Role, str] = {
     "target_variance": "the teacher's targets have collapsed; lower optimizer.lr or raise the EMA decay",
     "prediction_variance": "the network predicts the same for all frames; lower optimizer.lr, or enlarge the batch",
     "feature_variance": "the network gives every frame the same features; lower optimizer.lr, or enlarge the batch",
+    "target_codes": (
+        "the quantizer, which is not trained, gives nearly all frames the same code; its features must have mean 0 and "
+        "deviation 1, so look at method.encoder.front_end.normalization and at the audio"
+    ),
 }
 # Entries per group in use, below which a codebook is one vector; healthy runs dip to 5 or 10 at first.
 COLLAPSED_CODES = 1.05

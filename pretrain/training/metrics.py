@@ -57,16 +57,20 @@ class Accumulator:
             if isinstance(value, SumOfRatios):
                 value_sum = torch.stack([_sums(ratio) for ratio in value.ratios])
             elif isinstance(value, Ratio) and isinstance(value.total, Tensor):
-                if value.role is not None:
-                    self.roles[name] = value.role
-                if value.minimum is not None:
-                    self.minima[name] = value.minimum
+                self._learn_role(name, value)
                 value_sum = _sums(value)
             elif isinstance(value, Counts) and isinstance(value.counts, Tensor):
+                self._learn_role(f"{name}_perplexity", value)
                 value_sum = value.counts.detach().double()
             else:
                 raise TypeError(f"metric {name}: give a Ratio, Counts or Predictions of tensors, not {value!r}")
             self._pending[name] = self._pending[name] + value_sum if name in self._pending else value_sum
+
+    def _learn_role(self, name: str, metric: Ratio | Counts) -> None:
+        if metric.role is not None:
+            self.roles[name] = metric.role
+        if metric.minimum is not None:
+            self.minima[name] = metric.minimum
 
     def commit(self) -> None:
         """Count what was added since the last commit: the update was applied."""

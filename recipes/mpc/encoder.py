@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pretrain.features.cmvn import valid_mask
 from pretrain.features.front_end import FrontEnd, FrontEndConfig
+from pretrain.features.positions import whole_positions
 from pretrain.models.batch_norm import BatchNorm
 from pretrain.models.kernels import Linear, dropout
 from pretrain.models.layer_stack import LayerStack, StackEncoder
@@ -116,12 +117,7 @@ class MpcEncoder(StackEncoder):
         Frames beyond a multiple of four are left out, and a row of fewer than four is filled up with zeros.
         """
         features, frame_lengths = self.front_end(waveforms, lengths)
-        frames = max(1, features.shape[1] // SUBSAMPLING) * SUBSAMPLING
-        features = F.pad(features, (0, 0, 0, frames - features.shape[1]))
-        if frame_lengths is None:
-            return features, None
-        positions = (frame_lengths // SUBSAMPLING).clamp(min=1)
-        return torch.where(valid_mask(SUBSAMPLING * positions, frames).unsqueeze(2), features, 0.0), positions
+        return whole_positions(features, frame_lengths, SUBSAMPLING)
 
     def context(self, features: Tensor, positions: Tensor | None) -> list[Tensor]:
         """What `features` returns, to L + 1 hidden states (B, P, D)."""
