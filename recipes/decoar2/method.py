@@ -23,7 +23,7 @@ from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.objectives.masking import frames_at, last_visible, separate_span_mask
-from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
+from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, check_codebook, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 
 
