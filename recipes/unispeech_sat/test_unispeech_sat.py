@@ -442,8 +442,6 @@ def test_it_learns_to_tell_voices_apart(learning_seed: int) -> None:
         output = method.eval()(unheard)
     # What a predictor pays that knows how often two frames are of one utterance, and not which.
     assert_learned(value(output, "loss_contrastive"), below=value(output, "loss_contrastive_of_share"))
-    mistakes, guessed = (1 - value(output, f"contrastive_{name}") for name in ("accuracy", "chance"))
-    assert_learned(mistakes, below=guessed)
 
 
 @pytest.mark.slow
