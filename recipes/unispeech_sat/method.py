@@ -138,8 +138,9 @@ class UniSpeechSatMethod(MaskedPrediction):
             "temperature": Ratio(contrast.share.new_full((), self.quantizer.temperature), 1.0),
         }
         metrics |= {f"codes_{group}": Counts(counts) for group, counts in enumerate(quantized.counts)}
+        penalty = cast(Tensor, output.mean)  # masked prediction always has one
         # Times zero rather than left out: every parameter has a gradient on every rank.
-        return output._replace(metrics=metrics, mean=output.mean + float(self._contrasting) * added)
+        return output._replace(metrics=metrics, mean=penalty + float(self._contrasting) * added)
 
     def contrast(self, state: Tensor, batch: Batch) -> tuple[Contrast, Quantized]:
         """The contrastive loss of the masked frames of `state` (B, F, D), and what they are quantized to."""
