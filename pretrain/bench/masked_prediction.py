@@ -40,6 +40,10 @@ class TransformersPeer(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch without padding."""
         hidden = self.model(batch.waveforms, mask_time_indices=batch.extras["mask"]).last_hidden_state
+        return self.prediction_loss(batch, hidden)
+
+    def prediction_loss(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Masked prediction from (B, F, D) last hidden states, and the penalty on the features of this forward."""
         scored = hidden.flatten(0, 1).index_select(0, batch.extras["masked_positions"])
         logits = cosine_logits(self.final_proj(scored), self.label_embs_concat, self.config.logit_temp)
         penalty = self._conv.float().square().mean()

@@ -32,8 +32,8 @@ def contrastive_logits(
     positives: Tensor,
     candidates: Tensor,
     negatives: Tensor,
-    positive_entries: Tensor,
-    candidate_entries: Tensor,
+    positive_entries: Tensor | None,
+    candidate_entries: Tensor | None,
     logit_temp: float,
 ) -> Tensor:
     """Cosine similarities over a temperature, the positive first: (B, K, 1 + N) float32.
@@ -51,8 +51,9 @@ def contrastive_logits(
         columns = F.normalize(candidates.float(), dim=-1, eps=1e-8)
         similarities = (rows @ columns.transpose(1, 2)).gather(2, negatives)
         own = (rows * F.normalize(positives.float(), dim=-1, eps=1e-8)).sum(-1, keepdim=True)
-        entries = candidate_entries.unsqueeze(1).expand(-1, negatives.shape[1], -1).gather(2, negatives)
-        similarities = similarities.masked_fill(entries == positive_entries.unsqueeze(2), -torch.inf)
+        if positive_entries is not None and candidate_entries is not None:
+            entries = candidate_entries.unsqueeze(1).expand(-1, negatives.shape[1], -1).gather(2, negatives)
+            similarities = similarities.masked_fill(entries == positive_entries.unsqueeze(2), -torch.inf)
         return torch.cat([own, similarities], dim=2) / logit_temp
 
 

@@ -8,7 +8,7 @@ frames, C clusters of a label set.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class MaskedPrediction(Method):
     `forward` does here, and adds to the `StepOutput`.
     """
 
-    Config = MaskedPredictionConfig
+    Config: ClassVar[type] = MaskedPredictionConfig
     config: MaskedPredictionConfig
     encoder: SpeechEncoder
 

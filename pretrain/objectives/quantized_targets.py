@@ -12,7 +12,7 @@ from pretrain.config import MAY_BE_ZERO, ConfigError
 from pretrain.method import Method, Progress
 from pretrain.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from pretrain.objectives.span_masks import SpanMaskCollator, span_mask_options
-from pretrain.quantizers.gumbel import GumbelVectorQuantizer, temperature_at
+from pretrain.quantizers.gumbel import GumbelVectorQuantizer, check_codebook, temperature_at
 
 
 @dataclass
@@ -35,12 +35,7 @@ class QuantizedTargetsConfig:
     diversity_weight: float
 
     def __post_init__(self) -> None:
-        if len(self.latent_temp) != 3:
-            raise ConfigError(f"method.latent_temp: {self.latent_temp}; state start, end and decay")
-        if self.latent_dim % self.latent_groups:
-            raise ConfigError(
-                f"method.latent_dim: {self.latent_dim} does not divide into {self.latent_groups} groups; change one"
-            )
+        check_codebook(self.latent_temp, self.latent_groups, self.latent_dim)
         if self.num_negatives < 1:
             raise ConfigError(f"method.num_negatives: {self.num_negatives}; a contrast needs one at least")
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.models.kernels import Linear
 
@@ -125,3 +126,11 @@ def gumbel_noise(like: Tensor) -> Tensor:
 def temperature_at(update: int, start: float, end: float, decay: float) -> float:
     """The temperature after `update` optimiser updates: `start * decay^update`, never below `end`."""
     return max(start * decay**update, end)
+
+
+def check_codebook(latent_temp: list[float], latent_groups: int, latent_dim: int) -> None:
+    """Raises ConfigError, naming the option, where a method's codebook or its temperature cannot be built."""
+    if len(latent_temp) != 3:
+        raise ConfigError(f"method.latent_temp: {latent_temp}; state start, end and decay")
+    if latent_dim % latent_groups:
+        raise ConfigError(f"method.latent_dim: {latent_dim} does not divide into {latent_groups} groups; change one")

@@ -23,7 +23,7 @@ from pretrain.models.kernels import Linear
 from pretrain.objectives.collate import stack_waveforms
 from pretrain.objectives.figures import band_error_figure, band_errors, spectrogram_figure
 from pretrain.objectives.masking import frames_at, last_visible, separate_span_mask
-from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, temperature_at
+from pretrain.quantizers.gumbel import GumbelVectorQuantizer, Quantized, check_codebook, temperature_at
 from recipes.decoar2.encoder import Decoar2Encoder, Decoar2EncoderConfig
 
 
@@ -49,12 +49,7 @@ class Decoar2Config:
     diversity_weight: float
 
     def __post_init__(self) -> None:
-        if len(self.latent_temp) != 3:
-            raise ConfigError(f"method.latent_temp: {self.latent_temp}; state start, end and decay")
-        if self.latent_dim % self.latent_groups:
-            raise ConfigError(
-                f"method.latent_dim: {self.latent_dim} does not divide into {self.latent_groups} groups; change one"
-            )
+        check_codebook(self.latent_temp, self.latent_groups, self.latent_dim)
         if not 0 < self.mask_prob < 1 or self.mask_length < 1 or self.mask_min_spans < 1 or self.mask_min_space < 0:
             raise ConfigError(
                 "method: needs 0 < mask_prob < 1, mask_length and mask_min_spans of at least 1, and mask_min_space of "
