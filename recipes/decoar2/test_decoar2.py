@@ -176,7 +176,7 @@ def test_it_learns_more_than_to_say_the_mean_with_many_codes(learning_seed: int,
 
 @pytest.mark.slow
 def test_it_learns_more_than_to_copy(learning_seed: int, tmp_path: Path) -> None:
-    """Hidden spans of 100 ms: the frames beside the recipe's 60 ms are nearly right, so a network needs longer there."""
+    """Hidden spans of 100 ms: copying the frames beside the recipe's 60 ms is nearly right, and takes long to beat."""
     longer = ("schedule.total_updates=500", "trainer={validate_every:500,save_every:500}")
     options = ("method.mask_length=5", "optimizer.lr=5e-3", *longer)
     scores = train_recipe("decoar2_tiny", tmp_path, learning_seed, *options)
