@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from learning import assert_learned
-from recipe_checks import build, count, load_fixture, on_meta, perturb, train_recipe, two_waveforms, value
+from recipe_checks import (
+    QUICK_MASKED_PREDICTION,
+    build,
+    count,
+    load_fixture,
+    on_meta,
+    perturb,
+    train_recipe,
+    two_waveforms,
+    value,
+)
 from s3prl.upstream.wavlm.modules import MultiheadAttention
 from s3prl.upstream.wavlm.WavLM import WavLM
 from s3prl.upstream.wavlm.WavLM import WavLMConfig as MicrosoftConfig
@@ -369,17 +379,6 @@ def test_it_learns_more_than_how_often_each_label_comes(learning_seed: int, tmp_
 
 @pytest.mark.slow
 def test_the_tiny_network_learns(learning_seed: int, tmp_path: Path) -> None:
-    """With shorter spans, small updates and scores of frames that are heard, as `hubert_demo` has them."""
-    last = train_recipe(
-        "wavlm_tiny",
-        tmp_path,
-        learning_seed,
-        "method={mask_prob:0.65,mask_length:5,pred_nomask_weight:1.0}",
-        "batch={seconds_per_micro_batch:8,micro_batches_per_step:1}",
-        "crop.max_seconds=2.0",
-        "optimizer.lr=3e-3",
-        "schedule={warmup_updates:50,total_updates:400}",
-        "trainer={validate_every:400,save_every:400}",
-    )
+    last = train_recipe("wavlm_tiny", tmp_path, learning_seed, *QUICK_MASKED_PREDICTION)
     assert_learned(last["validation/loss_masked"], below=math.log(last["validation/labels_perplexity"]))
     assert_learned(last["validation/predictions_perplexity"], above=4)
