@@ -221,6 +221,7 @@ def test_the_method_block_read_without_hydra_is_hydras(recipe: str) -> None:
         ({"trainer": 5}, r"trainer: 5 is no block of options; give them as \{option: value"),
         ({"augment": [1]}, r"^augment: \[1\] is no block of options"),
         ({"schedule": {"name": [1]}}, r"schedule\.name: \[1\] is no name"),
+        ({"schedule": {}}, r"schedule\.name: missing; state it in the recipe"),
         ({"deepspeed": {}}, r"deepspeed\.zero_optimization: None is no block; give"),
         *[
             (

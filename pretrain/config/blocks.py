@@ -275,7 +275,8 @@ class RunConfig:
             raise ConfigError(f"name: '{self.name}' is no name of a folder; the folders before it go into output_dir")
         check_seed(self.seed)
         if not isinstance(self.schedule.get("name"), str):
-            raise ConfigError(f"schedule.name: {self.schedule.get('name')!r} is no name; leave it to the recipe")
+            problem = f"{self.schedule['name']!r} is no name" if "name" in self.schedule else "missing"
+            raise ConfigError(f"schedule.name: {problem}; state it in the recipe, such as polynomial")
         self._check_zero()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: '{self.precision}' is not one of {', '.join(PRECISIONS)}")
